@@ -1,0 +1,1 @@
+"""Tests mirror the three packages: ``tests/gsm/test_clipping.py`` tests ``gsm/clipping.py``."""
