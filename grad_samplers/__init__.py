@@ -1,0 +1,33 @@
+"""Per-sample gradients, their norms and their weighted sums, layer by layer, from activations and output gradients.
+
+Pure functions of tensors: no hooks, no optimizers. Importing the package registers a sampler for every
+layer of `torch.nn` that has parameters of its own and a batch of inputs.
+"""
+
+from grad_samplers import linear
+from grad_samplers.readings import per_sample_gradients, per_sample_norms, weighted_sum
+from grad_samplers.registry import (
+    Sampler,
+    lookup,
+    reason_unsupported,
+    register_grad_sampler,
+    register_norm_sampler,
+    register_weighted_sampler,
+    registered,
+    unregister,
+)
+
+__all__ = [
+    "Sampler",
+    "linear",
+    "lookup",
+    "per_sample_gradients",
+    "per_sample_norms",
+    "reason_unsupported",
+    "register_grad_sampler",
+    "register_norm_sampler",
+    "register_weighted_sampler",
+    "registered",
+    "unregister",
+    "weighted_sum",
+]

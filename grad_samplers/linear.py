@@ -1,0 +1,103 @@
+"""Linear layers on inputs of any rank: `nn.Linear` (and subclasses with its forward), transformers' `Conv1D`.
+
+Index letters: B samples, T positions of a sample, d input features, p output features.
+With `a [B, T, d]` and `g [B, T, p]` the gradient of sample i is `sum_t g_t a_t^T`, `[p, d]`; `Conv1D` keeps its
+weight transposed, so there the two change places.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from grad_samplers.registry import register_grad_sampler, register_norm_sampler, register_weighted_sampler
+from grad_samplers.tensors import (
+    gram,
+    norms_in_chunks,
+    plain_parameters,
+    positions,
+    squared_norms_from_grams,
+    trainable,
+    widen,
+)
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+LINEAR = [nn.Linear, CONV1D]
+
+
+def _capture(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, columns, g): the weight's gradient is `sum_t rows_t columns_t^T`; each `[B, T, .]`."""
+    a, g = widen(positions(activations[0]), positions(backprops))
+    transposed = not isinstance(layer, nn.Linear) and _is_conv1d(layer)
+    return (a, g, g) if transposed else (g, a, g)
+
+
+def _is_conv1d(layer: object) -> bool:
+    return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(layer).__mro__)
+
+
+def _supports(layer: nn.Module) -> str | None:
+    return plain_parameters(layer, "weight", "bias")
+
+
+@register_grad_sampler(LINEAR, supports=_supports)
+def linear_grad_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict:
+    """`{weight: sum_t g_t a_t^T, bias: sum_t g_t}`."""
+    rows, columns, g = _capture(layer, activations, backprops)
+    found: dict = {}
+    if trainable(layer.weight):
+        found[layer.weight] = _outer(rows, columns)
+    if trainable(layer.bias):
+        found[layer.bias] = g.sum(1)
+    return found
+
+
+def _outer(rows: Tensor, columns: Tensor) -> Tensor:
+    if rows.shape[1] == 1:
+        return rows.transpose(1, 2) * columns
+    return torch.bmm(rows.transpose(1, 2), columns)
+
+
+def ghost_is_cheaper(length: int, rows: int, columns: int) -> bool:
+    """Whether two `[T, T]` Gram matrices cost less than one `[rows, columns]` gradient and its norm."""
+    return length * (rows + columns) < rows * columns
+
+
+@register_norm_sampler(LINEAR)
+def linear_norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict:
+    """For one position `|g| |a|`; for several the cheaper of Gram matrices and the gradient itself, in chunks."""
+    rows, columns, g = _capture(layer, activations, backprops)
+    found: dict = {}
+    if trainable(layer.weight):
+        found[layer.weight] = outer_norms(rows, columns)
+    if trainable(layer.bias):
+        found[layer.bias] = torch.linalg.vector_norm(g.sum(1), dim=1)
+    return found
+
+
+def outer_norms(rows: Tensor, columns: Tensor) -> Tensor:
+    """Norms `[B]` of `sum_t rows_t columns_t^T`, from `[B, T, p]` and `[B, T, d]`."""
+    batch, length, p = rows.shape
+    d = columns.shape[2]
+    if length == 1:
+        return torch.linalg.vector_norm(rows, dim=(1, 2)) * torch.linalg.vector_norm(columns, dim=(1, 2))
+    if ghost_is_cheaper(length, p, d):
+        return squared_norms_from_grams(gram(rows), gram(columns)).sqrt()
+    return norms_in_chunks(lambda part: _outer(rows[part], columns[part]), batch, p * d, like=rows)
+
+
+@register_weighted_sampler(LINEAR)
+def linear_weighted_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor, weights: Tensor) -> dict:
+    """One plain matmul over all positions of all samples, `(w g)^T a`."""
+    rows, columns, g = _capture(layer, activations, backprops)
+    scale = weights.to(g.dtype).view(-1, 1, 1)
+    found: dict = {}
+    if trainable(layer.weight):
+        if rows.shape[2] <= columns.shape[2]:
+            rows = rows * scale
+        else:
+            columns = columns * scale
+        found[layer.weight] = rows.flatten(0, 1).T @ columns.flatten(0, 1)
+    if trainable(layer.bias):
+        found[layer.bias] = torch.tensordot(scale.view(-1), g.sum(1), dims=1)
+    return found

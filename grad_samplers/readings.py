@@ -1,0 +1,128 @@
+"""The three readings of one capture, for any registered layer: gradients, norms, weighted sum.
+
+Each uses the registered function where there is one, or derives the reading from the grad sampler,
+checks what came back, and leaves out frozen parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grad_samplers.registry import GradSampler, Sampler, lookup
+from grad_samplers.tensors import wide
+
+
+def norms_from(grad: GradSampler) -> GradSampler:
+    """The norm sampler that materialises the gradients: right for every layer, lean where parameters are small."""
+
+    def norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+        gradients = grad(layer, activations, backprops)
+        return {p: torch.linalg.vector_norm(wide(g).flatten(1), dim=1) for p, g in gradients.items()}
+
+    return norm_sample
+
+
+def weighted_from(grad: GradSampler) -> GradSampler:
+    """The weighted-sum sampler that materialises the gradients."""
+
+    def weighted_sample(
+        layer: nn.Module, activations: list[Tensor], backprops: Tensor, weights: Tensor
+    ) -> dict[nn.Parameter, Tensor]:
+        gradients = {p: wide(g) for p, g in grad(layer, activations, backprops).items()}
+        return {p: torch.tensordot(weights.to(g.dtype), g, dims=1) for p, g in gradients.items()}
+
+    return weighted_sample
+
+
+def per_sample_gradients(
+    layer: nn.Module, activations: Sequence[Tensor], backprops: Tensor, *, sampler: Sampler | None = None
+) -> dict[nn.Parameter, Tensor]:
+    """The gradient of each sample's own loss with respect to each trainable parameter of the layer.
+
+    Args:
+        layer: the layer, or a stand-in with its parameters and options as attributes (then name the `sampler`).
+        activations: the layer's tensor inputs, batch first, detached.
+        backprops: gradient of each sample's own loss with respect to the layer's output, `[B, ...]`.
+        sampler: the sampler to use; by default the one `lookup` finds.
+
+    Returns:
+        `{parameter: [B, *parameter.shape]}` for parameters with `requires_grad`.
+
+    Raises:
+        LookupError: if no sampler covers the layer's class.
+        ValueError: if the sampler leaves out a trainable parameter or returns a wrong shape.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> per_sample_gradients(layer, [torch.ones(4, 3)], torch.ones(4, 2))[layer.weight].shape
+        torch.Size([4, 2, 3])
+    """
+    found = sampler or _sampler(layer)
+    batch = backprops.shape[0]
+    return _checked(layer, found, found.grad(layer, list(activations), backprops), lambda p: (batch, *p.shape))
+
+
+def per_sample_norms(
+    layer: nn.Module, activations: Sequence[Tensor], backprops: Tensor, *, sampler: Sampler | None = None
+) -> dict[nn.Parameter, Tensor]:
+    """The 2-norm of each sample's gradient, `{parameter: [B]}`; arguments and errors as `per_sample_gradients`."""
+    found = sampler or _sampler(layer)
+    norm = found.norm or norms_from(found.grad)
+    batch = backprops.shape[0]
+    return _checked(layer, found, norm(layer, list(activations), backprops), lambda p: (batch,))
+
+
+def weighted_sum(
+    layer: nn.Module,
+    activations: Sequence[Tensor],
+    backprops: Tensor,
+    weights: Tensor,
+    *,
+    sampler: Sampler | None = None,
+) -> dict[nn.Parameter, Tensor]:
+    """`sum_i weights[i] * grad_i` per trainable parameter; other arguments and errors as `per_sample_gradients`.
+
+    A weight of zero does not silence a sample whose gradient is infinite or NaN: drop such samples first.
+
+    Args:
+        weights: one factor per sample, `[B]`.
+    """
+    found = sampler or _sampler(layer)
+    if weights.shape != backprops.shape[:1]:
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; one per sample is ({backprops.shape[0]},)")
+    weighted = found.weighted or weighted_from(found.grad)
+    return _checked(layer, found, weighted(layer, list(activations), backprops, weights), lambda p: tuple(p.shape))
+
+
+def _sampler(layer: nn.Module) -> Sampler:
+    found = lookup(layer)
+    if found is None:
+        raise LookupError(
+            f"no sampler covers {type(layer).__qualname__}: decorate one with register_grad_sampler(...), "
+            f"or pass sampler= for a stand-in"
+        )
+    return found
+
+
+def _checked(layer: nn.Module, sampler: Sampler, results: dict, shape) -> dict[nn.Parameter, Tensor]:
+    """Trainable entries of `results`, once every trainable parameter of the layer itself is there in its right shape."""
+    own = layer._parameters if isinstance(layer, nn.Module) else {}
+    for name, parameter in own.items():
+        if parameter is not None and parameter.requires_grad and parameter not in results:
+            raise ValueError(f"the sampler of {_name(sampler)} returned nothing for the trainable parameter '{name}'")
+    kept = {p: value for p, value in results.items() if p.requires_grad}
+    for parameter, value in kept.items():
+        if tuple(value.shape) != shape(parameter):
+            name = next((n for n, p in own.items() if p is parameter), "parameter")
+            raise ValueError(
+                f"the sampler of {_name(sampler)} returned shape {tuple(value.shape)} for '{name}', "
+                f"expected {shape(parameter)}"
+            )
+    return kept
+
+
+def _name(sampler: Sampler) -> str:
+    return sampler.cls if isinstance(sampler.cls, str) else sampler.cls.__qualname__

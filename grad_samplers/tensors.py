@@ -1,0 +1,106 @@
+"""Small tensor helpers that the samplers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def wide(x: Tensor) -> Tensor:
+    """`x`, in float32 if it was in half precision: gradients, norms and sums are computed in float32 or better."""
+    return x.float() if x.dtype in _HALF else x
+
+
+def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in their common dtype, float32 or better (under autocast an input and a gradient may differ)."""
+    dtype = torch.float32
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+def positions(x: Tensor) -> Tensor:
+    """`[B, ..., d]` as `[B, T, d]`, where T counts the positions of a sample (1 if there are none)."""
+    if x.dim() < 2:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)} has no batch dimension in front of its features")
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def spatial_sum(g: Tensor) -> Tensor:
+    """`[B, C, ...]` summed to `[B, C]`."""
+    return g.flatten(2).sum(2) if g.dim() > 2 else g
+
+
+def trainable(parameter: Tensor | None) -> bool:
+    """Whether a (possibly absent) parameter wants a gradient."""
+    return parameter is not None and parameter.requires_grad
+
+
+def squared_norms_from_grams(*grams: Tensor) -> Tensor:
+    """Squared norms `[B]` of `sum_t u_t (x) v_t (x) ...`, from each factor's Gram matrix over positions, `[B, T, T]`.
+
+    `|sum_t u_t (x) v_t|^2 = sum_{s,t} <u_s, u_t> <v_s, v_t>` (Li et al. 2021, "Large Language Models Can Be Strong
+    Differentially Private Learners", section 4). Where the terms cancel almost completely, rounding of the
+    order of `eps * |u|^2 |v|^2` may exceed the result; an underestimated norm would be clipped too little, so
+    there the rounding is added on top.
+    """
+    product = grams[0] * grams[1]
+    magnitude = torch.ones_like(product[:, 0, 0])
+    for gram in grams[2:]:
+        product = product * gram
+    for gram in grams:
+        magnitude = magnitude * gram.diagonal(dim1=1, dim2=2).sum(1)
+    squared = product.sum((1, 2))
+    margin = 4 * torch.finfo(squared.dtype).eps * magnitude
+    return torch.where(squared < 1e-4 * magnitude, squared.clamp(min=0) + margin, squared)
+
+
+def gram(x: Tensor) -> Tensor:
+    """`[B, T, d]` to the inner products between positions, `[B, T, T]`."""
+    return torch.bmm(x, x.transpose(1, 2))
+
+
+def norms_in_chunks(gradient: Callable[[slice], Tensor], batch: int, numel: int, like: Tensor) -> Tensor:
+    """Norms `[B]` of per-sample gradients that are materialised a few samples at a time.
+
+    Args:
+        gradient: returns the gradients of a slice of the samples, `[b, ...]`.
+        batch: number of samples B.
+        numel: size of one sample's gradient.
+        like: a tensor of the result's dtype and device.
+    """
+    step = max(1, CHUNK_NUMEL // max(1, numel))
+    out = like.new_empty(batch)
+    for start in range(0, batch, step):
+        part = slice(start, min(start + step, batch))
+        out[part] = torch.linalg.vector_norm(gradient(part).flatten(1), dim=1)
+    return out
+
+
+CHUNK_NUMEL = 1 << 22
+"""Numbers materialised at a time where only their norm is wanted: 16 MiB in float32."""
+
+
+def plain_parameters(layer: nn.Module, *names: str) -> str | None:
+    """None if the layer's trainable parameters are exactly the named attributes, else a sentence saying what differs.
+
+    Parametrizations, weight norm and the like replace a parameter by something computed from others.
+    """
+    if not isinstance(layer, nn.Module):
+        return None
+    kind = type(layer).__qualname__
+    for name in names:
+        value = getattr(layer, name, None)
+        if isinstance(value, UninitializedParameter):
+            return f"{kind}.{name} is lazy and has no shape yet: run the model on one batch first"
+        if value is not None and layer._parameters.get(name) is not value:
+            return f"{kind}.{name} is computed from other tensors (a parametrization or weight norm)"
+    for name, parameter in layer._parameters.items():
+        if name not in names and trainable(parameter):
+            return f"{kind} has a further parameter '{name}' that its sampler does not know"
+    return None
