@@ -1,0 +1,202 @@
+"""What the backward pass left behind, and what the optimizer reads.
+
+One :class:`Group` is one physical batch: for every parameter the contributions that reached it. A contribution can
+answer three questions - its per-sample norms, its weighted sum, and, at a price, its per-sample gradients - and a
+group combines them when a parameter was used several times. Clipping sees only :class:`PerSampleGradients`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from gsm.tape import Tape
+
+# Which tape captures a parameter: how an optimizer finds its gradients without being introduced to a wrapper.
+_TAPES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class PerSampleGradients(Protocol):
+    """The per-sample gradients of one physical batch, without saying how they are kept."""
+
+    batch_size: int
+    params: list[nn.Parameter]
+
+    def squared_norms(self) -> Tensor:
+        """Squared l2 norm of every sample's gradient, ``[len(params), batch]``, float32 or better."""
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        """``sum_i weights[i] * grad_i`` per parameter; ``weights`` is ``[batch]`` or ``[len(params), batch]``."""
+
+
+class Materialised:
+    """Per-sample gradients that exist as tensors ``[batch, *p.shape]``; None stands for zero."""
+
+    def __init__(self, params: Sequence[nn.Parameter], grads: Sequence[Tensor | None], batch_size: int):
+        self.params, self.grads, self.batch_size = list(params), list(grads), batch_size
+
+    def squared_norms(self) -> Tensor:
+        rows = [squared_norm(g) if g is not None else None for g in self.grads]
+        return stack_rows(rows, self.params, self.batch_size)
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        return [
+            weighted(g, row(weights, i)) if g is not None else zeros_for(p)
+            for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True))
+        ]
+
+
+class Joint:
+    """One physical batch whose gradients lie in several places (two wrapped models under one optimizer)."""
+
+    def __init__(self, params: Sequence[nn.Parameter], parts: Sequence[PerSampleGradients]):
+        sizes = {part.batch_size for part in parts}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"The optimizer's parameters saw batches of different sizes ({sorted(sizes)}): one record must be one "
+                "row everywhere. Use one optimizer per model, or give every model the same samples."
+            )
+        self.params, self.parts, self.batch_size = list(params), list(parts), sizes.pop()
+        place = {id(p): i for i, p in enumerate(self.params)}
+        self._places = [[place[id(p)] for p in part.params] for part in parts]
+
+    def squared_norms(self) -> Tensor:
+        pieces = [part.squared_norms() for part in self.parts]
+        out = pieces[0].new_zeros(len(self.params), self.batch_size)
+        for places, piece in zip(self._places, pieces, strict=True):
+            out[places] = piece
+        return out
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        out: list[Tensor | None] = [None] * len(self.params)
+        for places, part in zip(self._places, self.parts, strict=True):
+            own = weights[places] if weights.dim() == 2 else weights
+            for i, total in zip(places, part.weighted_sum(own), strict=True):
+                out[i] = total
+        return [t if t is not None else zeros_for(p) for t, p in zip(out, self.params, strict=True)]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Norms, weights and sums are computed in float32 or better."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def squared_norm(grad: Tensor) -> Tensor:
+    """``[batch]`` squared norms of ``[batch, ...]``, accumulated in float32 or better."""
+    if grad.dim() == 1:
+        return grad.to(accumulation_dtype(grad.dtype)).square()
+    flat = grad.reshape(grad.shape[0], -1) if grad.shape[0] else grad.new_zeros(0, 1)
+    return torch.linalg.vector_norm(flat, dim=1, dtype=accumulation_dtype(grad.dtype)).square()
+
+
+def weighted(grad: Tensor, weights: Tensor) -> Tensor:
+    """``sum_i weights[i] * grad[i]`` in float32 or better; a zero weight silences even a non-finite row."""
+    dtype = accumulation_dtype(grad.dtype)
+    if grad.shape[0] == 0:
+        return grad.new_zeros(grad.shape[1:], dtype=dtype)
+    out = torch.mv(grad.reshape(grad.shape[0], -1).to(dtype).t(), weights.to(dtype))
+    return out.view(grad.shape[1:])
+
+
+def row(weights: Tensor, i: int) -> Tensor:
+    return weights[i] if weights.dim() == 2 else weights
+
+
+def zeros_for(p: Tensor) -> Tensor:
+    return torch.zeros(p.shape, dtype=accumulation_dtype(p.dtype), device=p.device)
+
+
+def stack_rows(rows: Sequence[Tensor | None], params: Sequence[Tensor], batch_size: int) -> Tensor:
+    """Rows ``[batch]`` (None: zero) to one ``[len(params), batch]`` in the widest of their types."""
+    present = [r for r in rows if r is not None]
+    dtype = torch.float64 if any(r.dtype == torch.float64 for r in present) else torch.float32
+    device = present[0].device if present else params[0].device
+    zero = torch.zeros(batch_size, dtype=dtype, device=device)
+    return torch.stack([zero if r is None else r.to(device=device, dtype=dtype) for r in rows])
+
+
+def register_tape(param: nn.Parameter, tape: Tape) -> None:
+    _TAPES[param] = tape
+
+
+def forget_tape(param: nn.Parameter, tape: Tape) -> None:
+    if _TAPES.get(param) is tape:
+        del _TAPES[param]
+
+
+def tape_of(param: nn.Parameter) -> Tape | None:
+    """The tape that captures this parameter's gradients, or None."""
+    return _TAPES.get(param)
+
+
+def collect(params: Sequence[nn.Parameter]) -> list[PerSampleGradients]:
+    """Everything captured for ``params`` since the last :func:`discard`, one entry per physical batch.
+
+    Args:
+        params: the parameters of one optimizer.
+    Returns:
+        One :class:`PerSampleGradients` per physical batch in order of their backward passes; empty if there is none.
+    Raises:
+        ValueError: if the parameters saw different numbers of batches or batches of different sizes.
+    """
+    params = list(params)
+    sources: list[list[PerSampleGradients]] = []
+    held = [p for p in params if getattr(p, "grad_sample", None) is not None]
+    tapes: dict[int, Tape] = {}
+    for p in params:
+        tape = tape_of(p)
+        if tape is not None:
+            tapes[id(tape)] = tape
+    if held:
+        sources.append(_from_attributes(held))
+    for tape in tapes.values():
+        own = [p for p in params if tape_of(p) is tape and getattr(p, "grad_sample", None) is None]
+        groups = [g for g in tape.groups if g.delivered and g.holds_any(own)]
+        if groups:
+            sources.append([g.view(own) for g in groups])
+    if not sources:
+        return []
+    if len({len(s) for s in sources}) != 1:
+        raise ValueError(
+            "Some of the optimizer's parameters saw a different number of backward passes than others "
+            f"({sorted(len(s) for s in sources)}): call zero_grad() between steps, and one backward per model and batch."
+        )
+    return [parts[0] if _covers(parts[0], params) else Joint(params, parts) for parts in zip(*sources, strict=True)]
+
+
+def _covers(part: PerSampleGradients, params: list[nn.Parameter]) -> bool:
+    return len(part.params) == len(params) and all(a is b for a, b in zip(part.params, params, strict=True))
+
+
+def _from_attributes(params: list[nn.Parameter]) -> list[PerSampleGradients]:
+    lists = [p.grad_sample if isinstance(p.grad_sample, list) else [p.grad_sample] for p in params]
+    if len({len(x) for x in lists}) != 1:
+        raise ValueError("Parameters hold different numbers of grad_sample entries: call zero_grad() between steps.")
+    out: list[PerSampleGradients] = []
+    for entries in zip(*lists, strict=True):
+        sizes = {e.shape[0] for e in entries}
+        if len(sizes) != 1:
+            raise ValueError(
+                f"Parameters hold per-sample gradients of different batch sizes ({sorted(sizes)}): one record must be "
+                "one row everywhere."
+            )
+        out.append(Materialised(params, entries, sizes.pop()))
+    return out
+
+
+def discard(params: Sequence[nn.Parameter]) -> None:
+    """Forgets everything captured for ``params``: their gradients were used, or zero_grad() was called."""
+    tapes: dict[int, Tape] = {}
+    for p in params:
+        if getattr(p, "grad_sample", None) is not None:
+            p.grad_sample = None
+        tape = tape_of(p)
+        if tape is not None:
+            tapes[id(tape)] = tape
+    for tape in tapes.values():
+        tape.discard(params)
