@@ -7,6 +7,8 @@ weight transposed, so there the two change places.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -22,28 +24,22 @@ from grad_samplers.tensors import (
 )
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
-LINEAR = [nn.Linear, CONV1D]
 
 
-def _capture(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _capture(activations: list[Tensor], backprops: Tensor, transposed: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(rows, columns, g): the weight's gradient is `sum_t rows_t columns_t^T`; each `[B, T, .]`."""
     a, g = widen(positions(activations[0]), positions(backprops))
-    transposed = not isinstance(layer, nn.Linear) and _is_conv1d(layer)
     return (a, g, g) if transposed else (g, a, g)
-
-
-def _is_conv1d(layer: object) -> bool:
-    return any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(layer).__mro__)
 
 
 def _supports(layer: nn.Module) -> str | None:
     return plain_parameters(layer, "weight", "bias")
 
 
-@register_grad_sampler(LINEAR, supports=_supports)
-def linear_grad_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict:
+@register_grad_sampler(nn.Linear, supports=_supports)
+def linear_grad_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor, *, transposed: bool = False) -> dict:
     """`{weight: sum_t g_t a_t^T, bias: sum_t g_t}`."""
-    rows, columns, g = _capture(layer, activations, backprops)
+    rows, columns, g = _capture(activations, backprops, transposed)
     found: dict = {}
     if trainable(layer.weight):
         found[layer.weight] = _outer(rows, columns)
@@ -63,10 +59,10 @@ def ghost_is_cheaper(length: int, rows: int, columns: int) -> bool:
     return length * (rows + columns) < rows * columns
 
 
-@register_norm_sampler(LINEAR)
-def linear_norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict:
+@register_norm_sampler(nn.Linear)
+def linear_norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor, *, transposed: bool = False) -> dict:
     """For one position `|g| |a|`; for several the cheaper of Gram matrices and the gradient itself, in chunks."""
-    rows, columns, g = _capture(layer, activations, backprops)
+    rows, columns, g = _capture(activations, backprops, transposed)
     found: dict = {}
     if trainable(layer.weight):
         found[layer.weight] = outer_norms(rows, columns)
@@ -86,10 +82,12 @@ def outer_norms(rows: Tensor, columns: Tensor) -> Tensor:
     return norms_in_chunks(lambda part: _outer(rows[part], columns[part]), batch, p * d, like=rows)
 
 
-@register_weighted_sampler(LINEAR)
-def linear_weighted_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor, weights: Tensor) -> dict:
+@register_weighted_sampler(nn.Linear)
+def linear_weighted_sample(
+    layer: nn.Module, activations: list[Tensor], backprops: Tensor, weights: Tensor, *, transposed: bool = False
+) -> dict:
     """One plain matmul over all positions of all samples, `(w g)^T a`."""
-    rows, columns, g = _capture(layer, activations, backprops)
+    rows, columns, g = _capture(activations, backprops, transposed)
     scale = weights.to(g.dtype).view(-1, 1, 1)
     found: dict = {}
     if trainable(layer.weight):
@@ -101,3 +99,8 @@ def linear_weighted_sample(layer: nn.Module, activations: list[Tensor], backprop
     if trainable(layer.bias):
         found[layer.bias] = torch.tensordot(scale.view(-1), g.sum(1), dims=1)
     return found
+
+
+register_grad_sampler(CONV1D, supports=_supports)(partial(linear_grad_sample, transposed=True))
+register_norm_sampler(CONV1D)(partial(linear_norm_sample, transposed=True))
+register_weighted_sampler(CONV1D)(partial(linear_weighted_sample, transposed=True))
