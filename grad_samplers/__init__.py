@@ -4,7 +4,7 @@ Pure functions of tensors: no hooks, no optimizers. Importing the package regist
 layer of `torch.nn` that has parameters of its own and a batch of inputs.
 """
 
-from grad_samplers import linear
+from grad_samplers import conv, linear
 from grad_samplers.readings import per_sample_gradients, per_sample_norms, weighted_sum
 from grad_samplers.registry import (
     Sampler,
@@ -19,6 +19,7 @@ from grad_samplers.registry import (
 
 __all__ = [
     "Sampler",
+    "conv",
     "linear",
     "lookup",
     "per_sample_gradients",

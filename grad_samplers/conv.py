@@ -1,0 +1,206 @@
+"""Convolutions and transposed convolutions in one, two and three dimensions, with all their options.
+
+A sample's weight gradient is an ordinary convolution weight gradient. The batch's are computed in one call by
+folding the samples into groups: `[B, C, ...]` becomes `[1, B*C, ...]` with B times the groups (the idea is from
+Rochette et al. 2019, "Efficient Per-Example Gradient Computations in Convolutional Neural Networks").
+A transposed convolution is the adjoint of a convolution: input and output gradient change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from grad_samplers.registry import register_grad_sampler, register_norm_sampler, register_weighted_sampler
+from grad_samplers.tensors import (
+    gram,
+    norms_in_chunks,
+    plain_parameters,
+    spatial_sum,
+    squared_norms_from_grams,
+    trainable,
+    widen,
+)
+
+CONV = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
+CONV_TRANSPOSE = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
+CONVOLUTIONS = [*CONV, *CONV_TRANSPOSE]
+
+
+class Convolution(NamedTuple):
+    """One capture, as the convolution whose weight gradient is wanted: `x [B, C, *S]`, `g [B, O, *S']`.
+
+    For a transposed layer x is the output gradient and g the layer's input.
+    """
+
+    x: Tensor
+    g: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """`[O, C / groups, *kernel]`."""
+        return (self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel)
+
+    def part(self, samples: slice) -> Convolution:
+        """The same for a slice of the samples."""
+        return self._replace(x=self.x[samples], g=self.g[samples])
+
+
+def _supports(layer: nn.Module) -> str | None:
+    kind = type(layer)
+    parent = next(cls for cls in kind.__mro__ if cls in CONVOLUTIONS)
+    for name in ("_conv_forward", "_output_padding"):
+        if getattr(kind, name, None) is not getattr(parent, name, None):
+            return f"{kind.__qualname__} overrides {parent.__qualname__}.{name}"
+    return plain_parameters(layer, "weight", "bias")
+
+
+def _convolution(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> Convolution:
+    kernel = tuple(layer.weight.shape[2:])
+    a, g = widen(activations[0], backprops)
+    if a.dim() != len(kernel) + 2:
+        raise ValueError(
+            f"{type(layer).__qualname__} got an input of shape {tuple(a.shape)}: "
+            f"a batch has {len(kernel) + 2} dimensions, [B, C, ...]"
+        )
+    stride, dilation = tuple(layer.stride), tuple(layer.dilation)
+    if getattr(layer, "transposed", False):
+        x, padding = _laid_out(g, a.shape[2:], kernel, stride, tuple(layer.padding), dilation)
+        return Convolution(x, a, kernel, stride, padding, dilation, layer.groups)
+    x, padding = _padded(layer, a, kernel, dilation)
+    return Convolution(x, g, kernel, stride, padding, dilation, layer.groups)
+
+
+def _padded(
+    layer: nn.Module, a: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """The input and the symmetric zero padding still to be applied; anything else is applied here."""
+    none = (0,) * len(kernel)
+    mode = getattr(layer, "padding_mode", "zeros")
+    if layer.padding == "valid":
+        return a, none
+    if layer.padding == "same":
+        total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in total]
+    else:
+        sides = [(p, p) for p in layer.padding]
+    if mode == "zeros" and all(left == right for left, right in sides):
+        return a, tuple(left for left, _ in sides)
+    flat = [side for pair in reversed(sides) for side in pair]
+    return F.pad(a, flat, mode="constant" if mode == "zeros" else mode), none
+
+
+def _laid_out(
+    g: Tensor,
+    length: Sequence[int],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[Tensor, tuple[int, ...]]:
+    """A transposed layer's output gradient, as the input of the adjoint convolution, and that one's padding.
+
+    The margin (`output_padding`, or what `output_size` asked for) is read off the shapes. A margin of a whole stride
+    or more would make the adjoint's output too long: then padding and margin are settled here.
+    """
+    spans = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(length, stride, dilation, kernel, strict=True)]
+    margins = [n + 2 * p - span for n, p, span in zip(g.shape[2:], padding, spans, strict=True)]
+    if all(margin < s for margin, s in zip(margins, stride, strict=True)):
+        return g, padding
+    sides = [(p, p - margin) for p, margin in zip(padding, margins, strict=True)]  # a negative side crops
+    return F.pad(g, [side for pair in reversed(sides) for side in pair]), (0,) * len(kernel)
+
+
+def _weight_grad(x: Tensor, g: Tensor, conv: Convolution, shape: Sequence[int], groups: int) -> Tensor:
+    """PyTorch's own weight gradient of a convolution of `x`, `shape` being the weight's."""
+    zeros = [0] * len(conv.kernel)
+    mask = [False, True, False]
+    weight = x.new_empty(1).expand(shape)  # only its shape matters
+    arguments = (None, conv.stride, conv.padding, conv.dilation, False, zeros, groups, mask)
+    return torch.ops.aten.convolution_backward(g, x, weight, *arguments)[1]
+
+
+def _materialise(conv: Convolution) -> Tensor:
+    """Every sample's weight gradient, `[B, O, C / groups, *kernel]`."""
+    batch, shape = conv.x.shape[0], conv.weight_shape
+    if batch == 0:
+        return conv.x.new_zeros(0, *shape)
+    x = conv.x.reshape(1, -1, *conv.x.shape[2:])
+    g = conv.g.reshape(1, -1, *conv.g.shape[2:])
+    folded = (batch * shape[0], *shape[1:])
+    return _weight_grad(x, g, conv, folded, batch * conv.groups).view(batch, *shape)
+
+
+@register_grad_sampler(CONVOLUTIONS, supports=_supports)
+def conv_grad_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict:
+    """`{weight: per-sample weight gradient, bias: sum of the output gradient over positions}`."""
+    found: dict = {}
+    if trainable(layer.weight):
+        found[layer.weight] = _materialise(_convolution(layer, activations, backprops))
+    if trainable(layer.bias):
+        found[layer.bias] = spatial_sum(*widen(backprops))
+    return found
+
+
+@register_norm_sampler(CONVOLUTIONS)
+def conv_norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict:
+    """Norms from Gram matrices over output positions where that is cheaper, else from the gradient, in chunks."""
+    found: dict = {}
+    if trainable(layer.weight):
+        conv = _convolution(layer, activations, backprops)
+        if conv.groups == 1 and ghost_is_cheaper(conv):
+            patches = _patches(conv)
+            found[layer.weight] = squared_norms_from_grams(gram(patches), gram(conv.g.flatten(2).mT)).sqrt()
+        else:
+            numel = layer.weight.numel()
+            found[layer.weight] = norms_in_chunks(
+                lambda part: _materialise(conv.part(part)), conv.x.shape[0], numel, like=conv.x
+            )
+    if trainable(layer.bias):
+        found[layer.bias] = torch.linalg.vector_norm(spatial_sum(*widen(backprops)), dim=1)
+    return found
+
+
+def ghost_is_cheaper(conv: Convolution) -> bool:
+    """Whether Gram matrices over the T output positions cost less than materialising the gradient."""
+    out, channels, *kernel = conv.weight_shape
+    length = conv.g.shape[2:].numel()
+    columns = channels * torch.Size(kernel).numel()
+    return length * (out + columns) < out * columns
+
+
+def _patches(conv: Convolution) -> Tensor:
+    """What each output position sees, `[B, T, C * kernel]`."""
+    pads = [p for p in reversed(conv.padding) for _ in range(2)]
+    x = F.pad(conv.x, pads) if any(pads) else conv.x
+    for dim, (k, s, d) in enumerate(zip(conv.kernel, conv.stride, conv.dilation, strict=True), start=2):
+        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d].narrow(dim, 0, conv.g.shape[dim])
+    rank = len(conv.kernel)
+    order = (0, *range(2, 2 + rank), 1, *range(2 + rank, 2 + 2 * rank))
+    return x.permute(order).flatten(1 + rank).flatten(1, rank)
+
+
+@register_weighted_sampler(CONVOLUTIONS)
+def conv_weighted_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor, weights: Tensor) -> dict:
+    """The ordinary weight gradient of the batch, with each sample's output gradient scaled by its weight."""
+    (g,) = widen(backprops)
+    scaled = g * weights.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
+    found: dict = {}
+    if trainable(layer.weight):
+        conv = _convolution(layer, activations, scaled)
+        if conv.x.shape[0] == 0:
+            found[layer.weight] = conv.x.new_zeros(conv.weight_shape)
+        else:
+            found[layer.weight] = _weight_grad(conv.x, conv.g, conv, conv.weight_shape, conv.groups)
+    if trainable(layer.bias):
+        found[layer.bias] = spatial_sum(scaled).sum(0)
+    return found
