@@ -1,0 +1,227 @@
+"""Data loaders that draw Poisson batches, and that cut logical batches into physical ones.
+
+What the accountant assumes and what the loader does must agree, so a loader whose sampling would be replaced without
+a word (weighted, subset, hand-written batch samplers, streams) is refused with a message instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import opacus.data_loader
+from opacus.data_loader import CollateFnWithEmpty
+from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.dataloader import default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from gsm.collate import CollateWithEmpty
+from gsm.sampling import DistributedPoissonSampler, PoissonSampler
+
+logger = logging.getLogger(__name__)
+
+POISSON_SAMPLERS = (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler)
+_KEPT = (
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+def loader_options(loader: DataLoader) -> dict[str, Any]:
+    """The options of a loader that have nothing to do with sampling, as keyword arguments for another one."""
+    return {name: getattr(loader, name) for name in _KEPT}
+
+
+def batches_per_epoch(loader: Any) -> int:
+    """``len(loader)``, > 0.
+
+    Raises:
+        ValueError: the loader has no length, or is empty.
+    """
+    try:
+        count = len(loader)
+    except TypeError as error:
+        raise ValueError(
+            f"the data loader ({type(loader).__name__}) has no length, so the sample rate is unknown. "
+            "Use a map-style dataset with __len__."
+        ) from error
+    if count == 0:
+        raise ValueError("the data loader has no batches: empty dataset, or drop_last with batch_size > len(dataset)")
+    return count
+
+
+def _check_replaceable(loader: Any, distributed: bool) -> None:
+    """Raise unless replacing this loader's sampling by Poisson sampling is what its user can have meant."""
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"Poisson sampling needs a torch.utils.data.DataLoader, got {type(loader).__name__}: it has to draw its "
+            "own batches. Wrap the dataset in a DataLoader."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise ValueError(
+            "Uniform sampling is not supported for IterableDataset: a stream cannot be Poisson sampled. "
+            "Use a map-style dataset, or poisson_sampling=False (and read what that assumes)."
+        )
+    if loader.batch_sampler is None:
+        raise ValueError("Non-batch processing is not supported: the loader has batch_size=None. Give it a batch_size.")
+    if isinstance(loader.batch_sampler, POISSON_SAMPLERS):
+        return
+    sampler, custom = loader.sampler, loader.batch_sampler
+    plain = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    if type(custom) is BatchSampler and (plain or (distributed and type(sampler) is DistributedSampler)):
+        return
+    name = type(custom).__name__ if type(custom) is not BatchSampler else type(sampler).__name__
+    raise ValueError(
+        f"the loader draws its batches with a {name}, which Poisson sampling would replace. The accountant assumes "
+        "that every record enters every batch independently with the same probability. Give a loader with shuffle=True "
+        "or shuffle=False (a torch.utils.data.Subset instead of a SubsetRandomSampler; no weights), or keep this one "
+        "with poisson_sampling=False and account for what it does."
+    )
+
+
+class DPDataLoader(opacus.data_loader.DPDataLoader):
+    """A loader of Poisson batches: their size varies, and a batch may be empty (zero rows, same structure).
+
+    Args:
+        dataset: map-style dataset with a length.
+        sample_rate: probability with which each record enters each batch, in (0, 1].
+        collate_fn: as for ``torch.utils.data.DataLoader``.
+        drop_last: ignored with a log message: Poisson batches have no incomplete last one.
+        generator: source of the sampling; None is torch's global generator.
+        distributed: draw this rank's share of a joint Poisson batch.
+        batch_first: accepted for compatibility; the batch dimension is found by collating one record and two.
+        rand_on_empty: must be False.
+        steps: batches per epoch; by default ``int(1 / sample_rate)``.
+        secure_mode: sample from the operating system's cryptographic generator.
+        kwargs: passed on to ``torch.utils.data.DataLoader``.
+
+    Raises:
+        ValueError: a rate outside (0, 1], an empty dataset, ``rand_on_empty=True``.
+
+    Example:
+        >>> loader = DPDataLoader(TensorDataset(torch.randn(100, 3)), sample_rate=0.1)
+        >>> len(loader)
+        10
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        sample_rate: float,
+        collate_fn: Any = None,
+        drop_last: bool = False,
+        generator: Any = None,
+        distributed: bool = False,
+        batch_first: bool = True,
+        rand_on_empty: bool = False,
+        steps: int | None = None,
+        secure_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if rand_on_empty:
+            raise ValueError(
+                "rand_on_empty=True would fill an empty batch with a made-up record, whose gradient enters the sum: "
+                "one real record more or less then changes the sum by up to 2 * max_grad_norm, and the noise covers "
+                "half of it. Leave it False: an empty batch has zero rows here, also as the very first one."
+            )
+        if drop_last:
+            logger.warning("Ignoring drop_last: Poisson batches vary in size and none is incomplete.")
+        self.sample_rate, self.distributed, self.secure_mode = sample_rate, distributed, secure_mode
+        common: dict[str, Any] = {
+            "sample_rate": sample_rate,
+            "generator": None if secure_mode else generator,
+            "steps": steps,
+            "secure_mode": secure_mode,
+        }
+        sampler: Sampler = (
+            DistributedPoissonSampler(total_size=len(dataset), **common)
+            if distributed
+            else PoissonSampler(num_samples=len(dataset), **common)
+        )
+        collate = CollateWithEmpty(collate_fn if collate_fn is not None else default_collate, dataset)
+        # Opacus's constructor would fetch a record and build its own sampler: torch's is the one to call.
+        DataLoader.__init__(
+            self, dataset=dataset, batch_sampler=sampler, collate_fn=collate, generator=generator, **kwargs
+        )
+
+    @classmethod
+    def from_data_loader(
+        cls,
+        data_loader: DataLoader,
+        *,
+        distributed: bool = False,
+        generator: Any = None,
+        batch_first: bool = True,
+        rand_on_empty: bool = False,
+        secure_mode: bool = False,
+    ) -> DPDataLoader:
+        """A Poisson loader over the same dataset with the same expected batch size, ``sample_rate = 1 / len(loader)``.
+
+        Args:
+            data_loader: an ordinary loader (shuffled or not), or one that already draws Poisson batches.
+            generator: replaces the loader's own generator.
+            distributed, batch_first, rand_on_empty, secure_mode: as for the constructor.
+
+        Raises:
+            TypeError: not a torch DataLoader.
+            ValueError: a loader whose sampling cannot be replaced; the message says why and what to do.
+        """
+        _check_replaceable(data_loader, distributed)
+        steps = batches_per_epoch(data_loader)
+        batch_sampler = data_loader.batch_sampler
+        distributed = distributed or isinstance(batch_sampler, DistributedUniformWithReplacementSampler)
+        rate = batch_sampler.sample_rate if isinstance(batch_sampler, POISSON_SAMPLERS) else 1 / steps
+        return cls(
+            data_loader.dataset,
+            sample_rate=rate,
+            collate_fn=_own_collate(data_loader.collate_fn),
+            drop_last=data_loader.drop_last,
+            generator=generator if generator is not None else data_loader.generator,
+            distributed=distributed,
+            batch_first=batch_first,
+            rand_on_empty=rand_on_empty,
+            steps=steps,
+            secure_mode=secure_mode,
+            **loader_options(data_loader),
+        )
+
+
+def _own_collate(collate: Any) -> Any:
+    """The user's collate function, out of the wrapper that an earlier Poisson loader put around it."""
+    if isinstance(collate, CollateWithEmpty):
+        return collate.collate_fn
+    return collate.wrapped_collator_fn if isinstance(collate, CollateFnWithEmpty) else collate
+
+
+class SecureShuffle(Sampler[int]):
+    """A uniformly random order of ``count`` records from the operating system's cryptographic generator."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        order = list(range(self.count))
+        random.SystemRandom().shuffle(order)
+        return iter(order)
+
+
+def with_secure_shuffle(loader: DataLoader) -> DataLoader:
+    """The same loader; if it shuffles, it shuffles with a cryptographic generator."""
+    if type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) is not RandomSampler:
+        return loader
+    batches = BatchSampler(SecureShuffle(len(loader.dataset)), loader.batch_sampler.batch_size, loader.drop_last)  # type: ignore[arg-type]
+    return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, **loader_options(loader))
