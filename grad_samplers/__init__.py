@@ -1,10 +1,11 @@
 """Per-sample gradients, their norms and their weighted sums, layer by layer, from activations and output gradients.
 
-Pure functions of tensors: no hooks, no optimizers. Importing the package registers a sampler for every
-layer of `torch.nn` that has parameters of its own and a batch of inputs.
+Pure functions of tensors: no hooks, no optimizers. Importing the package registers a sampler for every layer of
+`torch.nn` that has parameters of its own and treats each sample by itself, apart from `nn.RNN`, `nn.GRU`, `nn.LSTM`
+and `nn.MultiheadAttention`; and, by name, for layers of Opacus and transformers, which need not be installed.
 """
 
-from grad_samplers import conv, linear
+from grad_samplers import bilinear, conv, elementwise, embedding, embedding_bag, linear, normalization
 from grad_samplers.readings import per_sample_gradients, per_sample_norms, weighted_sum
 from grad_samplers.registry import (
     Sampler,
@@ -19,9 +20,14 @@ from grad_samplers.registry import (
 
 __all__ = [
     "Sampler",
+    "bilinear",
     "conv",
+    "elementwise",
+    "embedding",
+    "embedding_bag",
     "linear",
     "lookup",
+    "normalization",
     "per_sample_gradients",
     "per_sample_norms",
     "reason_unsupported",

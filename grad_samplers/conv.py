@@ -9,13 +9,20 @@ A transposed convolution is the adjoint of a convolution: input and output gradi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grad_samplers.registry import register_grad_sampler, register_norm_sampler, register_weighted_sampler
+from grad_samplers.registry import (
+    Layer,
+    PerParameter,
+    register_grad_sampler,
+    register_norm_sampler,
+    register_weighted_sampler,
+)
 from grad_samplers.tensors import (
     gram,
     norms_in_chunks,
@@ -55,16 +62,16 @@ class Convolution(NamedTuple):
         return self._replace(x=self.x[samples], g=self.g[samples])
 
 
-def _supports(layer: nn.Module) -> str | None:
+def _supports(layer: Layer) -> str | None:
     kind = type(layer)
-    parent = next(cls for cls in kind.__mro__ if cls in CONVOLUTIONS)
-    for name in ("_conv_forward", "_output_padding"):
-        if getattr(kind, name, None) is not getattr(parent, name, None):
-            return f"{kind.__qualname__} overrides {parent.__qualname__}.{name}"
+    for parent in (cls for cls in kind.__mro__ if cls in CONVOLUTIONS):
+        for name in ("_conv_forward", "_output_padding"):
+            if getattr(kind, name, None) is not getattr(parent, name, None):
+                return f"{kind.__qualname__} overrides {parent.__qualname__}.{name}"
     return plain_parameters(layer, "weight", "bias")
 
 
-def _convolution(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> Convolution:
+def _convolution(layer: Layer, activations: list[Tensor], backprops: Tensor, transposed: bool) -> Convolution:
     kernel = tuple(layer.weight.shape[2:])
     a, g = widen(activations[0], backprops)
     if a.dim() != len(kernel) + 2:
@@ -73,7 +80,7 @@ def _convolution(layer: nn.Module, activations: list[Tensor], backprops: Tensor)
             f"a batch has {len(kernel) + 2} dimensions, [B, C, ...]"
         )
     stride, dilation = tuple(layer.stride), tuple(layer.dilation)
-    if getattr(layer, "transposed", False):
+    if transposed:
         x, padding = _laid_out(g, a.shape[2:], kernel, stride, tuple(layer.padding), dilation)
         return Convolution(x, a, kernel, stride, padding, dilation, layer.groups)
     x, padding = _padded(layer, a, kernel, dilation)
@@ -81,7 +88,7 @@ def _convolution(layer: nn.Module, activations: list[Tensor], backprops: Tensor)
 
 
 def _padded(
-    layer: nn.Module, a: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
+    layer: Layer, a: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...]
 ) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the symmetric zero padding still to be applied; anything else is applied here."""
     none = (0,) * len(kernel)
@@ -140,23 +147,27 @@ def _materialise(conv: Convolution) -> Tensor:
     return _weight_grad(x, g, conv, folded, batch * conv.groups).view(batch, *shape)
 
 
-@register_grad_sampler(CONVOLUTIONS, supports=_supports)
-def conv_grad_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict:
+@register_grad_sampler(CONV, supports=_supports)
+def conv_grad_sample(
+    layer: Layer, activations: list[Tensor], backprops: Tensor, *, transposed: bool = False
+) -> PerParameter:
     """`{weight: per-sample weight gradient, bias: sum of the output gradient over positions}`."""
-    found: dict = {}
+    found: PerParameter = {}
     if trainable(layer.weight):
-        found[layer.weight] = _materialise(_convolution(layer, activations, backprops))
-    if trainable(layer.bias):
+        found[layer.weight] = _materialise(_convolution(layer, activations, backprops, transposed))
+    if trainable(getattr(layer, "bias", None)):
         found[layer.bias] = spatial_sum(*widen(backprops))
     return found
 
 
-@register_norm_sampler(CONVOLUTIONS)
-def conv_norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict:
+@register_norm_sampler(CONV)
+def conv_norm_sample(
+    layer: Layer, activations: list[Tensor], backprops: Tensor, *, transposed: bool = False
+) -> PerParameter:
     """Norms from Gram matrices over output positions where that is cheaper, else from the gradient, in chunks."""
-    found: dict = {}
+    found: PerParameter = {}
     if trainable(layer.weight):
-        conv = _convolution(layer, activations, backprops)
+        conv = _convolution(layer, activations, backprops, transposed)
         if conv.groups == 1 and ghost_is_cheaper(conv):
             patches = _patches(conv)
             found[layer.weight] = squared_norms_from_grams(gram(patches), gram(conv.g.flatten(2).mT)).sqrt()
@@ -165,7 +176,7 @@ def conv_norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Ten
             found[layer.weight] = norms_in_chunks(
                 lambda part: _materialise(conv.part(part)), conv.x.shape[0], numel, like=conv.x
             )
-    if trainable(layer.bias):
+    if trainable(getattr(layer, "bias", None)):
         found[layer.bias] = torch.linalg.vector_norm(spatial_sum(*widen(backprops)), dim=1)
     return found
 
@@ -189,18 +200,25 @@ def _patches(conv: Convolution) -> Tensor:
     return x.permute(order).flatten(1 + rank).flatten(1, rank)
 
 
-@register_weighted_sampler(CONVOLUTIONS)
-def conv_weighted_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor, weights: Tensor) -> dict:
+@register_weighted_sampler(CONV)
+def conv_weighted_sample(
+    layer: Layer, activations: list[Tensor], backprops: Tensor, weights: Tensor, *, transposed: bool = False
+) -> PerParameter:
     """The ordinary weight gradient of the batch, with each sample's output gradient scaled by its weight."""
     (g,) = widen(backprops)
     scaled = g * weights.to(g.dtype).view(-1, *[1] * (g.dim() - 1))
-    found: dict = {}
+    found: PerParameter = {}
     if trainable(layer.weight):
-        conv = _convolution(layer, activations, scaled)
+        conv = _convolution(layer, activations, scaled, transposed)
         if conv.x.shape[0] == 0:
             found[layer.weight] = conv.x.new_zeros(conv.weight_shape)
         else:
             found[layer.weight] = _weight_grad(conv.x, conv.g, conv, conv.weight_shape, conv.groups)
-    if trainable(layer.bias):
+    if trainable(getattr(layer, "bias", None)):
         found[layer.bias] = spatial_sum(scaled).sum(0)
     return found
+
+
+register_grad_sampler(CONV_TRANSPOSE, supports=_supports)(partial(conv_grad_sample, transposed=True))
+register_norm_sampler(CONV_TRANSPOSE)(partial(conv_norm_sample, transposed=True))
+register_weighted_sampler(CONV_TRANSPOSE)(partial(conv_weighted_sample, transposed=True))

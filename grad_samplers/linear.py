@@ -12,7 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from grad_samplers.registry import register_grad_sampler, register_norm_sampler, register_weighted_sampler
+from grad_samplers.registry import (
+    Layer,
+    PerParameter,
+    register_grad_sampler,
+    register_norm_sampler,
+    register_weighted_sampler,
+)
 from grad_samplers.tensors import (
     gram,
     norms_in_chunks,
@@ -32,18 +38,20 @@ def _capture(activations: list[Tensor], backprops: Tensor, transposed: bool) -> 
     return (a, g, g) if transposed else (g, a, g)
 
 
-def _supports(layer: nn.Module) -> str | None:
+def _supports(layer: Layer) -> str | None:
     return plain_parameters(layer, "weight", "bias")
 
 
 @register_grad_sampler(nn.Linear, supports=_supports)
-def linear_grad_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor, *, transposed: bool = False) -> dict:
+def linear_grad_sample(
+    layer: Layer, activations: list[Tensor], backprops: Tensor, *, transposed: bool = False
+) -> PerParameter:
     """`{weight: sum_t g_t a_t^T, bias: sum_t g_t}`."""
     rows, columns, g = _capture(activations, backprops, transposed)
-    found: dict = {}
+    found: PerParameter = {}
     if trainable(layer.weight):
         found[layer.weight] = _outer(rows, columns)
-    if trainable(layer.bias):
+    if trainable(getattr(layer, "bias", None)):
         found[layer.bias] = g.sum(1)
     return found
 
@@ -60,13 +68,15 @@ def ghost_is_cheaper(length: int, rows: int, columns: int) -> bool:
 
 
 @register_norm_sampler(nn.Linear)
-def linear_norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor, *, transposed: bool = False) -> dict:
+def linear_norm_sample(
+    layer: Layer, activations: list[Tensor], backprops: Tensor, *, transposed: bool = False
+) -> PerParameter:
     """For one position `|g| |a|`; for several the cheaper of Gram matrices and the gradient itself, in chunks."""
     rows, columns, g = _capture(activations, backprops, transposed)
-    found: dict = {}
+    found: PerParameter = {}
     if trainable(layer.weight):
         found[layer.weight] = outer_norms(rows, columns)
-    if trainable(layer.bias):
+    if trainable(getattr(layer, "bias", None)):
         found[layer.bias] = torch.linalg.vector_norm(g.sum(1), dim=1)
     return found
 
@@ -84,19 +94,19 @@ def outer_norms(rows: Tensor, columns: Tensor) -> Tensor:
 
 @register_weighted_sampler(nn.Linear)
 def linear_weighted_sample(
-    layer: nn.Module, activations: list[Tensor], backprops: Tensor, weights: Tensor, *, transposed: bool = False
-) -> dict:
+    layer: Layer, activations: list[Tensor], backprops: Tensor, weights: Tensor, *, transposed: bool = False
+) -> PerParameter:
     """One plain matmul over all positions of all samples, `(w g)^T a`."""
     rows, columns, g = _capture(activations, backprops, transposed)
     scale = weights.to(g.dtype).view(-1, 1, 1)
-    found: dict = {}
+    found: PerParameter = {}
     if trainable(layer.weight):
         if rows.shape[2] <= columns.shape[2]:
             rows = rows * scale
         else:
             columns = columns * scale
         found[layer.weight] = rows.flatten(0, 1).T @ columns.flatten(0, 1)
-    if trainable(layer.bias):
+    if trainable(getattr(layer, "bias", None)):
         found[layer.bias] = torch.tensordot(scale.view(-1), g.sum(1), dims=1)
     return found
 

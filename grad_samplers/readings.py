@@ -6,19 +6,19 @@ checks what came back, and leaves out frozen parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from grad_samplers.registry import GradSampler, Sampler, lookup
+from grad_samplers.registry import GradSampler, Layer, PerParameter, Sampler, lookup
 from grad_samplers.tensors import wide
 
 
 def norms_from(grad: GradSampler) -> GradSampler:
     """The norm sampler that materialises the gradients: right for every layer, lean where parameters are small."""
 
-    def norm_sample(layer: nn.Module, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    def norm_sample(layer: Layer, activations: list[Tensor], backprops: Tensor) -> PerParameter:
         gradients = grad(layer, activations, backprops)
         return {p: torch.linalg.vector_norm(wide(g).flatten(1), dim=1) for p, g in gradients.items()}
 
@@ -28,9 +28,7 @@ def norms_from(grad: GradSampler) -> GradSampler:
 def weighted_from(grad: GradSampler) -> GradSampler:
     """The weighted-sum sampler that materialises the gradients."""
 
-    def weighted_sample(
-        layer: nn.Module, activations: list[Tensor], backprops: Tensor, weights: Tensor
-    ) -> dict[nn.Parameter, Tensor]:
+    def weighted_sample(layer: Layer, activations: list[Tensor], backprops: Tensor, weights: Tensor) -> PerParameter:
         gradients = {p: wide(g) for p, g in grad(layer, activations, backprops).items()}
         return {p: torch.tensordot(weights.to(g.dtype), g, dims=1) for p, g in gradients.items()}
 
@@ -38,8 +36,8 @@ def weighted_from(grad: GradSampler) -> GradSampler:
 
 
 def per_sample_gradients(
-    layer: nn.Module, activations: Sequence[Tensor], backprops: Tensor, *, sampler: Sampler | None = None
-) -> dict[nn.Parameter, Tensor]:
+    layer: Layer, activations: Sequence[Tensor], backprops: Tensor, *, sampler: Sampler | None = None
+) -> PerParameter:
     """The gradient of each sample's own loss with respect to each trainable parameter of the layer.
 
     Args:
@@ -66,8 +64,8 @@ def per_sample_gradients(
 
 
 def per_sample_norms(
-    layer: nn.Module, activations: Sequence[Tensor], backprops: Tensor, *, sampler: Sampler | None = None
-) -> dict[nn.Parameter, Tensor]:
+    layer: Layer, activations: Sequence[Tensor], backprops: Tensor, *, sampler: Sampler | None = None
+) -> PerParameter:
     """The 2-norm of each sample's gradient, `{parameter: [B]}`; arguments and errors as `per_sample_gradients`."""
     found = sampler or _sampler(layer)
     norm = found.norm or norms_from(found.grad)
@@ -76,13 +74,13 @@ def per_sample_norms(
 
 
 def weighted_sum(
-    layer: nn.Module,
+    layer: Layer,
     activations: Sequence[Tensor],
     backprops: Tensor,
     weights: Tensor,
     *,
     sampler: Sampler | None = None,
-) -> dict[nn.Parameter, Tensor]:
+) -> PerParameter:
     """`sum_i weights[i] * grad_i` per trainable parameter; other arguments and errors as `per_sample_gradients`.
 
     A weight of zero does not silence a sample whose gradient is infinite or NaN: drop such samples first.
@@ -97,7 +95,7 @@ def weighted_sum(
     return _checked(layer, found, weighted(layer, list(activations), backprops, weights), lambda p: tuple(p.shape))
 
 
-def _sampler(layer: nn.Module) -> Sampler:
+def _sampler(layer: Layer) -> Sampler:
     found = lookup(layer)
     if found is None:
         raise LookupError(
@@ -107,8 +105,10 @@ def _sampler(layer: nn.Module) -> Sampler:
     return found
 
 
-def _checked(layer: nn.Module, sampler: Sampler, results: dict, shape) -> dict[nn.Parameter, Tensor]:
-    """Trainable entries of `results`, once every trainable parameter of the layer itself is there in its right shape."""
+def _checked(
+    layer: Layer, sampler: Sampler, results: PerParameter, shape: Callable[[nn.Parameter], tuple[int, ...]]
+) -> PerParameter:
+    """The trainable entries of `results`, after checking that none of the layer's own is missing or misshapen."""
     own = layer._parameters if isinstance(layer, nn.Module) else {}
     for name, parameter in own.items():
         if parameter is not None and parameter.requires_grad and parameter not in results:

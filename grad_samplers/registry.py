@@ -16,13 +16,16 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-GradSampler = Callable[..., dict[nn.Parameter, Tensor]]
-Supports = Callable[[nn.Module], "str | None"]
-F = TypeVar("F", bound=Callable[..., dict[nn.Parameter, Tensor]])
+PerParameter = dict[nn.Parameter, Tensor]
+Layer = Any
+"""A module, or a light stand-in: samplers only read the parameters and options that they find as attributes."""
+GradSampler = Callable[..., PerParameter]
+Supports = Callable[[Layer], "str | None"]
+F = TypeVar("F", bound=Callable[..., PerParameter])
 LayerClass = type | str
 """A class, or the dotted name of one in a package that need not be installed ("transformers.pytorch_utils.Conv1D")."""
 
@@ -42,7 +45,9 @@ _SAMPLERS: dict[LayerClass, Sampler] = {}
 
 
 def _each(cls_or_list: LayerClass | Iterable[LayerClass]) -> list[LayerClass]:
-    classes = [cls_or_list] if isinstance(cls_or_list, (type, str)) else list(cls_or_list)
+    if isinstance(cls_or_list, (type, str)):
+        return [cls_or_list]
+    classes = list(cls_or_list) if isinstance(cls_or_list, Iterable) else [cls_or_list]
     for cls in classes:
         if not isinstance(cls, (type, str)):
             raise TypeError(f"a sampler is registered for a class (or its dotted name), not for {cls!r}")
@@ -86,6 +91,7 @@ def _register_part(part: str, cls_or_list: LayerClass | Iterable[LayerClass]) ->
     classes = _each(cls_or_list)
 
     def decorator(function: F) -> F:
+        changes: dict[str, Any] = {part: function}
         for cls in classes:
             if cls not in _SAMPLERS:
                 name = cls if isinstance(cls, str) else cls.__qualname__
@@ -93,7 +99,7 @@ def _register_part(part: str, cls_or_list: LayerClass | Iterable[LayerClass]) ->
                     f"no grad sampler is registered for {name}: register_grad_sampler({name}) comes first, "
                     f"the {part} sampler only makes it faster"
                 )
-            _SAMPLERS[cls] = dataclasses.replace(_SAMPLERS[cls], **{part: function})
+            _SAMPLERS[cls] = dataclasses.replace(_SAMPLERS[cls], **changes)
         return function
 
     return decorator
@@ -141,7 +147,8 @@ def _dotted(cls: LayerClass) -> str:
 
 def _imported(dotted: str) -> type | None:
     module, _, name = dotted.rpartition(".")
-    return getattr(sys.modules.get(module), name, None)
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
 
 
 def _entry(cls: type) -> Sampler | None:

@@ -28,7 +28,7 @@ def projection_loss(output: Any, *, batch_dim: int = 0, seed: int = 0) -> Tensor
             term = (leaf * weights).sum()
             total = term if total is None else total + term
     if total is None:
-        raise ValueError("the output holds no floating-point tensor with a batch dimension: there is nothing to differentiate")
+        raise ValueError("the output holds no floating-point tensor with a batch dimension: nothing to differentiate")
     return total
 
 

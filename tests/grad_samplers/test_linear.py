@@ -56,7 +56,7 @@ def test_half_precision_inputs_are_read_in_float32(length):
 
 
 def test_a_gradient_that_cancels_is_not_underestimated():
-    """Two positions with opposite gradients: in float32 the Gram product is pure rounding, the norm must not be less."""
+    """Two positions with opposite gradients: in float32 the Gram product is little but rounding."""
     torch.manual_seed(0)
     a = torch.randn(64, 1, 300).repeat(1, 2, 1) * 100
     a[:, 1] += 0.01 * torch.randn(64, 300)
