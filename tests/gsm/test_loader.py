@@ -1,0 +1,190 @@
+"""Poisson loaders made from ordinary ones: what is kept, what is replaced, what is refused."""
+
+import logging
+
+import numpy as np
+import opacus.data_loader
+import pytest
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from gsm.loader import DPDataLoader, SecureShuffle, with_secure_shuffle
+from gsm.sampling import PoissonSampler
+
+
+class Records(Dataset):
+    """Record ``i`` is ``{"id": i}``, and remembers nothing."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return {"id": i, "name": f"r{i}"}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(range(10))
+
+
+def ids(loader):
+    return [batch["id"].tolist() for batch in loader]
+
+
+def test_same_dataset_same_expected_batch_size_same_options():
+    dataset, start = Records(100), lambda worker: None
+    loader = DataLoader(dataset, batch_size=10, shuffle=True, num_workers=2, worker_init_fn=start, timeout=30)
+    private = DPDataLoader.from_data_loader(loader)
+    assert isinstance(private, opacus.data_loader.DPDataLoader)
+    assert private.dataset is dataset and len(private) == 10 and private.sample_rate == 0.1
+    assert (private.num_workers, private.timeout, private.worker_init_fn) == (2, 30, start)
+    assert isinstance(private.batch_sampler, PoissonSampler)
+
+
+@pytest.mark.parametrize(
+    ("size", "drop_last", "steps"), [(64, False, 16), (64, True, 15), (1000, False, 1), (7, True, 142)]
+)
+def test_rate_and_steps_follow_the_loaders_length(size, drop_last, steps, caplog):
+    loader = DataLoader(Records(1000), batch_size=size, drop_last=drop_last)
+    with caplog.at_level(logging.WARNING):
+        private = DPDataLoader.from_data_loader(loader)
+    assert len(private) == steps and private.sample_rate == 1 / steps
+    assert ("drop_last" in caplog.text) == drop_last
+
+
+def test_batch_sizes_vary_around_the_expected_one_and_no_record_is_favoured():
+    private = DPDataLoader(Records(60), sample_rate=0.25, steps=800, generator=torch.Generator().manual_seed(1))
+    counts = np.zeros(60)
+    sizes = []
+    for batch in ids(private):
+        assert len(set(batch)) == len(batch)
+        counts[batch] += 1
+        sizes.append(len(batch))
+    assert len(set(sizes)) > 10
+    assert abs(np.mean(sizes) - 15) < 0.6
+    assert np.abs(counts / 800 - 0.25).max() < 5 * (0.25 * 0.75 / 800) ** 0.5
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_empty_batches_keep_their_structure_from_the_first_on(workers):
+    private = DPDataLoader(Records(5), sample_rate=1e-6, steps=3, num_workers=workers)
+    for batch in private:
+        assert batch["id"].shape == (0,) and batch["id"].dtype == torch.int64 and batch["name"] == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_seeded_generator_reproduces_the_batches(workers):
+    def draw(seed):
+        generator = torch.Generator().manual_seed(seed)
+        loader = DataLoader(Records(50), batch_size=5, generator=generator, num_workers=workers)
+        return ids(DPDataLoader.from_data_loader(loader))
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_secure_mode_samples_from_the_operating_system():
+    loader = DataLoader(Records(200), batch_size=20, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(0)
+    first = ids(DPDataLoader.from_data_loader(loader, secure_mode=True))
+    torch.manual_seed(0)
+    assert ids(DPDataLoader.from_data_loader(loader, secure_mode=True)) != first
+
+
+@pytest.mark.parametrize("make", [DPDataLoader, opacus.data_loader.DPDataLoader])
+def test_a_poisson_loader_stays_one_with_its_own_rate(make):
+    first = make(Records(30), sample_rate=0.3)
+    again = DPDataLoader.from_data_loader(first)
+    assert again.sample_rate == 0.3 and len(again) == 3
+    assert again.collate_fn.collate_fn is torch.utils.data.default_collate
+
+
+def test_subset_is_the_way_to_train_on_a_part():
+    private = DPDataLoader.from_data_loader(DataLoader(Subset(Records(100), [3, 5, 8]), batch_size=1))
+    assert set(sum(ids(private) * 1, [])) <= {3, 5, 8}
+
+
+def loader_with(**options):
+    return DataLoader(Records(20), **options)
+
+
+class MyBatches(BatchSampler):
+    pass
+
+
+REFUSED = {
+    "weights": (
+        lambda: loader_with(batch_size=2, sampler=WeightedRandomSampler([1.0] * 20, 20)),
+        ValueError,
+        "WeightedRandomSampler.*independently with the same probability.*poisson_sampling=False",
+    ),
+    "subset sampler": (
+        lambda: loader_with(batch_size=2, sampler=SubsetRandomSampler([1, 2, 3])),
+        ValueError,
+        "SubsetRandomSampler, which Poisson sampling would replace.*Subset instead",
+    ),
+    "with replacement": (
+        lambda: loader_with(batch_size=2, sampler=RandomSampler(Records(20), replacement=True)),
+        ValueError,
+        "RandomSampler",
+    ),
+    "fewer samples": (
+        lambda: loader_with(batch_size=2, sampler=RandomSampler(Records(20), num_samples=10)),
+        ValueError,
+        "RandomSampler",
+    ),
+    "own batch sampler": (
+        lambda: loader_with(batch_sampler=MyBatches(SequentialSampler(Records(20)), 2, False)),
+        ValueError,
+        "MyBatches",
+    ),
+    "list of batches": (
+        lambda: loader_with(batch_sampler=[[0, 1], [2, 3]]),
+        ValueError,
+        "draws its batches with a list",
+    ),
+    "stream": (lambda: DataLoader(Stream(), batch_size=2), ValueError, "not supported for IterableDataset"),
+    "no batches": (lambda: loader_with(batch_size=None), ValueError, "batch_size=None"),
+    "not a loader": (lambda: [1, 2, 3], TypeError, "needs a torch.utils.data.DataLoader, got list"),
+    "nothing left": (lambda: loader_with(batch_size=30, drop_last=True), ValueError, "has no batches"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_replaced_is_refused_with_the_fix(case):
+    make, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        DPDataLoader.from_data_loader(make())
+
+
+def test_made_up_records_are_refused():
+    with pytest.raises(ValueError, match="rand_on_empty=True would fill an empty batch with a made-up record"):
+        DPDataLoader(Records(10), sample_rate=0.1, rand_on_empty=True)
+
+
+def test_secure_shuffle():
+    torch.manual_seed(0)
+    loader = with_secure_shuffle(DataLoader(Records(40), batch_size=8, shuffle=True, drop_last=True))
+    first = sum(ids(loader), [])
+    torch.manual_seed(0)
+    second = sum(ids(loader), [])
+    assert sorted(first) == sorted(second) == list(range(40)) and first != second
+    assert len(loader) == 5 and len(SecureShuffle(7)) == 7
+
+
+def test_secure_shuffle_leaves_a_fixed_order_alone():
+    loader = DataLoader(TensorDataset(torch.arange(4)), batch_size=2)
+    assert with_secure_shuffle(loader) is loader
