@@ -29,6 +29,8 @@ from grad_samplers.tensors import (
     widen,
 )
 
+SMALL = 1 << 18
+"""Numbers in a batch of gradients up to which making them costs less than any way around it."""
 CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
@@ -62,9 +64,13 @@ def _outer(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.bmm(rows.transpose(1, 2), columns)
 
 
-def ghost_is_cheaper(length: int, rows: int, columns: int) -> bool:
-    """Whether two `[T, T]` Gram matrices cost less than one `[rows, columns]` gradient and its norm."""
-    return length * (rows + columns) < rows * columns
+def ghost_is_cheaper(batch: int, length: int, rows: int, columns: int) -> bool:
+    """Whether two `[T, T]` Gram matrices per sample cost less than a `[rows, columns]` gradient and its norm.
+
+    By the operations, `T^2 (rows + columns)` against `T rows columns`; that agreed with the clock on 20 of 21 shapes
+    (float32, 2 CPU cores). The other one was so small that the number of calls counted: there the gradient is made.
+    """
+    return length * (rows + columns) < rows * columns and batch * rows * columns > SMALL
 
 
 @register_norm_sampler(nn.Linear)
@@ -87,7 +93,7 @@ def outer_norms(rows: Tensor, columns: Tensor) -> Tensor:
     d = columns.shape[2]
     if length == 1:
         return torch.linalg.vector_norm(rows, dim=(1, 2)) * torch.linalg.vector_norm(columns, dim=(1, 2))
-    if ghost_is_cheaper(length, p, d):
+    if ghost_is_cheaper(batch, length, p, d):
         return squared_norms_from_grams(gram(rows), gram(columns)).sqrt()
     return norms_in_chunks(lambda part: _outer(rows[part], columns[part]), batch, p * d, like=rows)
 

@@ -84,12 +84,28 @@ def test_transposed_with_output_size():
         torch.testing.assert_close(found[i], expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.fixture
+def no_small_shortcut(monkeypatch):
+    """Choose by the number of operations however small the layer is."""
+    monkeypatch.setattr("grad_samplers.linear.SMALL", 0)
+
+
 @pytest.mark.parametrize("size, ghost", [(3, True), (20, False)])
-def test_both_ways_to_the_norm(size, ghost):
-    layer = nn.Conv2d(16, 24, 3, padding=1, stride=2)
-    x = torch.randn(3, 16, size, size, dtype=torch.float64)
+def test_both_ways_to_the_norm(size, ghost, no_small_shortcut):
+    layer = nn.Conv2d(16, 24, 3, padding=(1, 2), stride=2, dilation=(1, 2))
+    x = torch.randn(3, 16, size, size + 2, dtype=torch.float64)
     assert conv.ghost_is_cheaper(conv._convolution(layer, [x], layer.double()(x).detach(), transposed=False)) == ghost
     check(layer, x)
+
+
+def test_both_ways_to_the_gradient(monkeypatch):
+    """The unfolded input and the folded convolution give the same, for every option that both cover."""
+    for _ in range(2):
+        check(nn.Conv2d(2, 40, (2, 3), stride=(2, 3), padding=1, dilation=2), torch.randn(3, 2, 7, 8).double())
+        check(nn.Conv2d(4, 5, 1, stride=2), torch.randn(3, 4, 5, 6).double())
+        check(nn.Conv1d(4, 5, 5, padding_mode="reflect", padding=2), torch.randn(3, 4, 6).double())
+        check(nn.ConvTranspose1d(4, 5, 3, stride=3, output_padding=2), torch.randn(3, 4, 6).double())
+        monkeypatch.setattr(conv, "patches_are_faster", lambda _: False)
 
 
 def test_ghost_norm_of_a_transposed_convolution():
