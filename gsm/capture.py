@@ -1,0 +1,182 @@
+"""What stands in front of a module's forward while it is wrapped.
+
+A :class:`CapturedForward` is set as the instance's `forward`, on the model itself and on every module below it that
+owns trainable parameters; taking it away restores the module exactly. The outermost one that is called opens a pass:
+it puts the tracked parameters in the modules' places and takes them out again, whatever happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from gsm.functions import Poison
+from gsm.tape import Tape
+from gsm.tracked import Tracked
+
+if TYPE_CHECKING:
+    from gsm.plan import Entry
+
+Runner = Callable[["Capture", "CapturedForward", tuple[Any, ...], dict[str, Any]], Any]
+
+
+class CapturedForward:
+    """In front of one module's forward. Without a capture (in a copy of the module) it only calls that forward."""
+
+    def __init__(self, module: nn.Module, capture: Capture | None, runner: Runner | None = None):
+        self.module, self.capture, self.runner = module, capture, runner
+        self.previous: Any = module.__dict__.get("forward")
+        self.bypass = False
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward that was there before."""
+        if self.previous is not None:
+            return self.previous(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        capture = self.capture
+        if capture is None or self.bypass or not capture.tape.enabled or not torch.is_grad_enabled():
+            return self.original(*args, **kwargs)
+        if capture.tape.active is None:
+            return capture.open(self, args, kwargs)
+        return self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.runner is None:
+            return self.original(*args, **kwargs)
+        assert self.capture is not None
+        return self.runner(self.capture, self, args, kwargs)
+
+    def install(self) -> None:
+        self.module.__dict__["forward"] = self
+
+    def remove(self) -> None:
+        if self.previous is not None:
+            self.module.__dict__["forward"] = self.previous
+        elif self.module.__dict__.get("forward") is self:
+            del self.module.__dict__["forward"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedForward:
+        from copy import deepcopy
+
+        new = copy(self)
+        memo[id(self)] = new
+        new.capture, new.runner = None, None
+        new.module, new.previous = deepcopy(self.module, memo), deepcopy(self.previous, memo)
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "capture": None, "runner": None}
+
+
+class Capture:
+    """The captured forwards and tracked parameters of one wrapped model."""
+
+    def __init__(self, root: nn.Module, tape: Tape, entries: dict[str, Entry]):
+        self.root, self.tape, self.entries = root, tape, entries
+        self.forwards: dict[str, CapturedForward] = {}
+        self._sites: list[tuple[dict[str, Any], str, Tracked]] = []
+        self.before_first: Callable[[CapturedForward, tuple[Any, ...], dict[str, Any], int], None] | None = None
+
+    def attach(self, runners: dict[str, Runner], covered: set[str]) -> None:
+        """Installs captured forwards; modules whose path is in ``covered`` belong to a subtree above them."""
+        tracked: dict[int, Tracked] = {}
+        for path, module in self.root.named_modules():
+            if path in covered:
+                continue
+            own = [(n, p) for n, p in module._parameters.items() if p is not None and p.requires_grad]
+            if path in runners or own or module is self.root:
+                forward = CapturedForward(module, self, runners.get(path))
+                forward.install()
+                self.forwards[path] = forward
+            for name, p in own:
+                if id(p) not in tracked:
+                    tracked[id(p)] = Tracked.of_parameter(self.tape, p)
+                self._sites.append((module.__dict__, name, tracked[id(p)]))
+
+    def detach(self) -> None:
+        for forward in self.forwards.values():
+            forward.remove()
+        self.forwards, self._sites = {}, []
+
+    def tracked(self) -> dict[int, Tracked]:
+        """The tracked tensor of each parameter, by the parameter's id."""
+        return {id(t.gsm_param): t for _, _, t in self._sites}
+
+    def open(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs a forward as a pass of its own."""
+        size = batch_size(args, kwargs, self.tape.batch_first)
+        if size is None:
+            raise ValueError(
+                f"{type(forward.module).__name__} was called without any tensor among its arguments, so the batch "
+                "size is unknown: pass the inputs as tensors (in tuples, lists or dicts if need be)."
+            )
+        if self.before_first is not None and forward.module is self.root and torch._C._current_graph_task_id() == -1:
+            self.before_first(forward, args, kwargs, size)
+        return self.run_pass(forward, args, kwargs, size)
+
+    def run_pass(
+        self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, log: Any = None
+    ) -> Any:
+        self.tape.active = self.tape.begin(size, log)
+        try:
+            for place, name, tracked in self._sites:
+                place[name] = tracked
+            out = forward.run(args, kwargs)
+        finally:
+            self.tape.active = None
+            for place, name, _ in self._sites:
+                place.pop(name, None)
+        return _released(out, self.tape)
+
+
+def _released(out: Any, tape: Tape) -> Any:
+    """A parameter that leaves the model without having met a sample has no per-sample gradient to give."""
+
+    def release(t: Tracked) -> Tensor:
+        return Poison.apply(tape.anchor, t.gsm_value.detach(), t.gsm_name)
+
+    if isinstance(out, Tracked):
+        return release(out)
+    if isinstance(out, Tensor) or out is None:
+        return out
+    if isinstance(out, (tuple, list, dict)):
+        leaves, _ = tree_flatten(out)
+        if any(isinstance(leaf, Tracked) for leaf in leaves):
+            return tree_map_only(Tracked, release, out)
+    return out
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """All tensors in nested arguments, in order."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found += tensors_in(*value)
+        elif isinstance(value, dict) or hasattr(value, "items"):
+            found += tensors_in(*value.values())
+        elif hasattr(value, "__dataclass_fields__"):
+            found += tensors_in(*(getattr(value, name) for name in value.__dataclass_fields__))
+    return found
+
+
+def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], batch_first: bool) -> int | None:
+    """The size of the batch dimension of the first tensor among the arguments, None if there is none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, PackedSequence):
+            return int(value.batch_sizes[0])
+        for x in tensors_in(value):
+            if x.dim() == 1 or (x.dim() > 1 and batch_first):
+                return x.shape[0]
+            if x.dim() > 1:
+                return x.shape[1]
+    return None

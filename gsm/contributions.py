@@ -1,0 +1,138 @@
+"""What one use of a parameter adds to its per-sample gradient, and the three things one can ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grad_samplers import Sampler, per_sample_gradients, per_sample_norms, weighted_sum
+from gsm.ledger import squared_norm, weighted
+
+
+class Contribution(Protocol):
+    """One summand of a parameter's per-sample gradient ``[batch, *p.shape]``."""
+
+    def squared_norms(self) -> Tensor:
+        """``[batch]``."""
+
+    def gradient(self) -> Tensor:
+        """``[batch, *p.shape]``."""
+
+    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        """``sum_i weights[i] * grad[rows[i]]``; ``rows=None`` means all of them."""
+
+
+class Record:
+    """A layer's activations and output gradients, batch first, with the sampler that reads them.
+
+    ``fold`` > 1: the rows are positions, that many per sample, for layers whose sampler knows no positions.
+    """
+
+    __slots__ = ("layer", "sampler", "activations", "backprops", "fold", "batch_size", "_norms")
+
+    def __init__(
+        self, layer: Any, sampler: Sampler, activations: list[Any], backprops: Any, batch_size: int, fold: int = 1
+    ):
+        self.layer, self.sampler, self.fold, self.batch_size = layer, sampler, fold, batch_size
+        self.activations, self.backprops = activations, backprops
+        self._norms: dict[Any, Tensor] | None = None
+
+    def gradients(self) -> Mapping[Any, Tensor]:
+        grads = per_sample_gradients(self.layer, self.activations, self.backprops, sampler=self.sampler)
+        if self.fold == 1:
+            return grads
+        return {p: g.unflatten(0, (self.batch_size, self.fold)).sum(1) for p, g in grads.items()}
+
+    def squared_norms(self) -> Mapping[Any, Tensor]:
+        if self._norms is None:
+            if self.fold == 1:
+                norms = per_sample_norms(self.layer, self.activations, self.backprops, sampler=self.sampler)
+                self._norms = {p: n.square() for p, n in norms.items()}
+            else:
+                self._norms = {p: squared_norm(g) for p, g in self.gradients().items()}
+        return self._norms
+
+    def weighted(self, weights: Tensor, rows: Tensor | None) -> Mapping[Any, Tensor]:
+        if self.fold > 1:
+            weights = weights.repeat_interleave(self.fold)
+            if rows is not None:
+                rows = (rows[:, None] * self.fold + torch.arange(self.fold, device=rows.device)).flatten()
+        activations, backprops = self.activations, self.backprops
+        if rows is not None:
+            activations = [a[rows] if isinstance(a, Tensor) else a for a in activations]
+            backprops = backprops[rows]
+        return weighted_sum(self.layer, activations, backprops, weights, sampler=self.sampler)
+
+
+class Dense:
+    """A per-sample gradient that exists."""
+
+    __slots__ = ("grad",)
+
+    def __init__(self, grad: Tensor):
+        self.grad = grad
+
+    def squared_norms(self) -> Tensor:
+        return squared_norm(self.grad)
+
+    def gradient(self) -> Tensor:
+        return self.grad
+
+    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        return weighted(self.grad if rows is None else self.grad[rows], weights)
+
+
+class Paired:
+    """A parameter's share in a record: nothing is materialised until somebody asks for it."""
+
+    __slots__ = ("record", "parameter")
+
+    def __init__(self, record: Record, parameter: Tensor):
+        self.record, self.parameter = record, parameter
+
+    def squared_norms(self) -> Tensor:
+        return self.record.squared_norms()[self.parameter]
+
+    def gradient(self) -> Tensor:
+        return self.record.gradients()[self.parameter]
+
+    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        return self.record.weighted(weights, rows)[self.parameter]
+
+
+class Pulled:
+    """A contribution to ``value = f(leaf)``, pulled back through ``f`` (a transpose, weight norm, ``1 + weight``).
+
+    ``f`` is the same for every sample, so a weighted sum is pulled back once; only gradients and norms need one
+    vector-Jacobian product a sample, and norms not even that if ``f`` only moves entries around.
+    """
+
+    __slots__ = ("inner", "value", "leaf", "isometric")
+
+    def __init__(self, inner: Contribution, value: Tensor, leaf: Tensor, isometric: bool):
+        self.inner, self.value, self.leaf, self.isometric = inner, value, leaf, isometric
+
+    def squared_norms(self) -> Tensor:
+        return self.inner.squared_norms() if self.isometric else squared_norm(self.gradient())
+
+    def gradient(self) -> Tensor:
+        grad = self.inner.gradient()
+        if grad.shape[0] == 0:
+            return grad.new_zeros(0, *self.leaf.shape)
+        return self._pull(grad.to(self.value.dtype), batched=True)
+
+    def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
+        total = self.inner.weighted(weights, rows)
+        return self._pull(total.to(self.value.dtype), batched=False).to(total.dtype)
+
+    def _pull(self, grad: Tensor, *, batched: bool) -> Tensor:
+        (out,) = torch.autograd.grad(
+            self.value, self.leaf, grad, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+        if out is None:
+            shape = (grad.shape[0], *self.leaf.shape) if batched else self.leaf.shape
+            return grad.new_zeros(shape)
+        return out

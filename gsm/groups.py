@@ -1,0 +1,118 @@
+"""A group: everything the backward passes of one set of records delivered, parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gsm.contributions import Contribution, Dense, Paired, Record
+from gsm.ledger import squared_norm, stack_rows, zeros_for
+from gsm.sharing import shared_squared_norms
+
+
+class Group:
+    """One physical batch. ``scale`` turns captured gradients into those of each sample's own loss."""
+
+    def __init__(self, batch_size: int, scale: float):
+        self.batch_size, self.scale = batch_size, scale
+        self.delivered = False
+        self.contributions: dict[int, list[Contribution]] = {}
+        self._attributes: dict[int, Tensor] = {}
+
+    # -- ghost: contributions ----------------------------------------------------------------------------------------
+
+    def add(self, param: nn.Parameter, contribution: Contribution) -> None:
+        held = self.contributions.setdefault(id(param), [])
+        if isinstance(contribution, Dense) and held and isinstance(held[-1], Dense):
+            held[-1] = Dense(held[-1].grad + contribution.grad)
+        else:
+            held.append(contribution)
+
+    def holds_any(self, params: Sequence[nn.Parameter]) -> bool:
+        return any(id(p) in self.contributions for p in params)
+
+    def drop(self, params: Sequence[nn.Parameter]) -> None:
+        for p in params:
+            self.contributions.pop(id(p), None)
+
+    def view(self, params: Sequence[nn.Parameter]) -> GroupView:
+        return GroupView(self, params)
+
+    # -- hooks: p.grad_sample ----------------------------------------------------------------------------------------
+
+    def add_to_attribute(self, param: nn.Parameter, grad: Tensor) -> None:
+        """Adds to this group's entry of ``p.grad_sample``; earlier groups' entries make it a list, as in Opacus."""
+        grad = grad * self.scale
+        mine, held = self._attributes.get(id(param)), getattr(param, "grad_sample", None)
+        if mine is not None and (held is mine or (isinstance(held, list) and held and held[-1] is mine)):
+            mine += grad
+            return
+        self._attributes[id(param)] = grad
+        if held is None:
+            param.grad_sample = grad
+        else:
+            param.grad_sample = [*held, grad] if isinstance(held, list) else [held, grad]
+
+    def fill_attribute(self, param: nn.Parameter) -> None:
+        """A parameter this batch did not reach has the gradient zero, not none."""
+        if id(param) not in self._attributes:
+            zero = torch.zeros(self.batch_size, *param.shape, dtype=param.dtype, device=param.device)
+            self.add_to_attribute(param, zero)
+
+
+class GroupView:
+    """A group seen through one optimizer's parameters (:class:`gsm.ledger.PerSampleGradients`)."""
+
+    def __init__(self, group: Group, params: Sequence[nn.Parameter]):
+        self.group, self.params, self.batch_size = group, list(params), group.batch_size
+
+    def squared_norms(self) -> Tensor:
+        rows: list[Tensor | None] = []
+        for p in self.params:
+            held = self.group.contributions.get(id(p))
+            if not held:
+                rows.append(None)
+            elif len(held) == 1:
+                rows.append(held[0].squared_norms())
+            else:
+                shared = shared_squared_norms(held)
+                rows.append(shared if shared is not None else squared_norm(_total(held)))
+        return stack_rows(rows, self.params, self.batch_size) * self.group.scale**2
+
+    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+        weights = weights * self.group.scale
+        # A silenced sample (weight 0) may hold infinities, and 0 * inf is NaN: its rows are left out of the sum.
+        silenced = bool((weights == 0).any())
+        answers: dict[int, dict] = {}
+        out = []
+        for i, p in enumerate(self.params):
+            own = weights[i] if weights.dim() == 2 else weights
+            rows = None
+            if silenced:
+                rows = torch.nonzero(own).flatten()
+                own = own[rows]
+            total = zeros_for(p)
+            for k, c in enumerate(self.group.contributions.get(id(p), ())):
+                piece = _weighted(c, own, rows, answers if weights.dim() == 1 else None)
+                total = piece if k == 0 and piece.dtype == total.dtype else total + piece
+            out.append(total)
+        return out
+
+
+def _weighted(c: Contribution, weights: Tensor, rows: Tensor | None, answers: dict[int, dict] | None) -> Tensor:
+    """One contribution's weighted sum; parameters of one layer (weight and bias) share the layer's answer."""
+    if answers is None or not isinstance(c, Paired):
+        return c.weighted(weights, rows)
+    record: Record = c.record
+    if id(record) not in answers:
+        answers[id(record)] = dict(record.weighted(weights, rows))
+    return answers[id(record)][c.parameter]
+
+
+def _total(held: list[Contribution]) -> Tensor:
+    total = held[0].gradient()
+    for c in held[1:]:
+        total = total + c.gradient()
+    return total

@@ -1,0 +1,167 @@
+"""Before the first batch: two forwards on a few samples, to learn where the batch lies and whether samples mix.
+
+The model runs at two batch sizes that occur nowhere in its input's shapes. A dimension that moved with the batch is the
+batch; a value that changed for the same sample although only its neighbours did is a sample influencing another.
+Dropout is off, random state and buffers are put back; the model's own parameters are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from gsm.capture import Capture, CapturedForward, tensors_in
+from gsm.layout import Layout
+
+_SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
+_UNKNOWN = object()
+
+
+class SamplesInfluenceEachOther(ValueError):
+    """What one sample's gradient is depends on its neighbours, so no bound on one record's influence would hold."""
+
+
+class NoDropout(TorchFunctionMode):
+    """Functional dropout and attention dropout switched off."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if "dropout" in name and args and isinstance(args[0], Tensor):
+            return args[0]
+        if func is F.scaled_dot_product_attention:
+            args = args[:4] + (0.0,) + args[5:] if len(args) > 4 else args
+            kwargs = {k: (0.0 if k == "dropout_p" else v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; random state and buffers as before afterwards."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
+    try:
+        for m in dropouts:
+            m.training = False
+        with torch.random.fork_rng(devices=devices), NoDropout():
+            yield
+    finally:
+        for m in dropouts:
+            m.training = True
+        with torch.no_grad():
+            for b, before in buffers:
+                if b.shape == before.shape:
+                    b.copy_(before)
+
+
+def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
+    """Two batch sizes that are not the size of any dimension of the inputs (but for the batch itself)."""
+    taken = {n for x in inputs for n in x.shape}
+    free = [n for n in _SIZES if n not in taken]
+    return (free[0], free[1]) if len(free) > 1 else (_SIZES[0], _SIZES[1])
+
+
+def resized(value: Any, size: int, new: int, batch_first: bool) -> Any:
+    """The arguments with ``new`` samples in place of ``size``: repeated, and changed where a repeat would be the same."""
+
+    def pick(x: Tensor) -> Tensor:
+        if x.dim() == 0 or size not in x.shape:
+            return x
+        preferred = 0 if batch_first or x.dim() < 2 else 1
+        dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
+        out = x.index_select(dim, torch.arange(new, device=x.device) % size)
+        if new > size:  # mirrored copies differ from the originals, so that mixing shows
+            rest = out.narrow(dim, size, new - size)
+            last = x.dim() - 1
+            if last != dim:
+                out = torch.cat([out.narrow(dim, 0, size), rest.flip(last)], dim)
+        return out.detach().requires_grad_(x.requires_grad) if x.is_floating_point() else out
+
+    return tree_map_only(Tensor, pick, value)
+
+
+def probe(capture: Capture, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
+    """Fills ``tape.layouts``.
+
+    Raises:
+        gsm.layout.Unresolvable: if a parameter's use has no rule (the caller escalates to the subtree and tries again).
+        SamplesInfluenceEachOther: if a sample's values change with its neighbours.
+    """
+    tape = capture.tape
+    tape.layouts = {}
+    first, second = sizes_for(tensors_in(args, kwargs))
+    logs: list[dict[Any, Tensor]] = []
+    outputs = []
+    with undisturbed(capture.root):
+        for n in (first, second):
+            log: dict[Any, Tensor] = {}
+            a, k = resized(args, size, n, tape.batch_first), resized(kwargs, size, n, tape.batch_first)
+            outputs.append(capture.run_pass(forward, a, k, n, log))
+            logs.append(log)
+    for key, x in logs[0].items():
+        y = logs[1].get(key)
+        if y is None:
+            continue
+        layout = compare(x, y, first, second)
+        if layout is not _UNKNOWN:
+            tape.layouts[key] = layout  # type: ignore[assignment]
+            _check_influence(x, y, first, second, layout, key[0])  # type: ignore[arg-type]
+    pairs = zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False)
+    for x, y in pairs:
+        layout = compare(x, y, first, second)
+        if isinstance(layout, Layout):
+            _check_influence(x, y, first, second, layout, "the model's output")
+
+
+def compare(x: Tensor, y: Tensor, first: int, second: int) -> Any:
+    """The layout shown by one tensor at two batch sizes; None for no batch, a sentinel if nothing fits."""
+    if x.dim() != y.dim():
+        return _UNKNOWN
+    moved = [i for i in range(x.dim()) if x.shape[i] != y.shape[i]]
+    if not moved:
+        return None
+    dim = moved[0]
+    if len(moved) == 1 and (x.shape[dim], y.shape[dim]) == (first, second):
+        return Layout(dim)
+    if len(moved) == 1 and x.shape[dim] % first == 0 and x.shape[dim] // first * second == y.shape[dim]:
+        for flat in ("major", "minor"):
+            layout = Layout(dim, flat)
+            if x.is_meta or _same(layout.to_front(x, first)[0], layout.to_front(y, second)[0]):
+                return layout
+        return Layout(dim, "major")
+    return _UNKNOWN
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    if x.shape != y.shape:
+        return False
+    if not x.is_floating_point():
+        return torch.equal(x, y)
+    x, y = x.double(), y.double()
+    scale = max(x.abs().max().item(), y.abs().max().item()) if x.numel() else 0.0
+    if scale != scale or scale == float("inf"):
+        return True  # masks with infinities: nothing to learn
+    return not x.numel() or (x - y).abs().max().item() <= 1e-3 * scale + 1e-12
+
+
+def _check_influence(x: Tensor, y: Tensor, first: int, second: int, layout: Layout | None, site: str) -> None:
+    if layout is None or x.is_meta:
+        return
+    a, b = layout.to_front(x, first), layout.to_front(y, second)
+    for i in range(min(first, second)):
+        if not _same(a[i], b[i]):
+            raise SamplesInfluenceEachOther(
+                f"Samples influence each other before {site.replace(':', ' is used by ')}: the values for one sample "
+                "changed when only other samples of the batch did. Batch statistics, a loss or a router over the whole "
+                "batch do that; no clipping bounds what one record can then reveal. Replace that part by one that treats "
+                "every sample alone (GroupNorm for BatchNorm, a router without a batch-wide balancing), or freeze "
+                "everything in front of it."
+            )

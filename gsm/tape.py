@@ -1,0 +1,169 @@
+"""The tape: what one wrapped model remembers between its forward and the optimizer's step.
+
+A forward of the model is a pass; passes whose backward is still to come belong to one group of records
+(a siamese network calls the model twice on the same pairs), and a group ends with the first forward after its backward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gsm.contributions import Contribution, Dense, Paired, Pulled, Record
+from gsm.groups import Group
+from gsm.layout import Layout, guess
+
+if TYPE_CHECKING:
+    from gsm.planner import Planner
+    from gsm.tracked import Tracked
+
+
+class Pass:
+    """One forward: its batch size, the group its gradients go to, and how often each site was visited."""
+
+    __slots__ = ("batch_size", "group", "tape", "visits", "log")
+
+    def __init__(self, tape: Tape, batch_size: int, group: Group, log: dict[Any, Any] | None = None):
+        self.tape, self.batch_size, self.group, self.log = tape, batch_size, group, log
+        self.visits: Counter[str] = Counter()
+
+    def layout(self, site: str, x: Tensor) -> Layout | None:
+        """The layout of ``x`` at this site (a parameter's name and the function that uses it)."""
+        visit = self.visits[site]
+        self.visits[site] = visit + 1
+        if self.log is not None:
+            self.log[site, visit] = x.detach()
+        known = self.tape.layouts.get((site, visit), Ellipsis)
+        if known is not Ellipsis and _fits(known, x, self.batch_size):
+            return known  # type: ignore[return-value]
+        return guess(tuple(x.shape), self.batch_size, depends=x.requires_grad, batch_first=self.tape.batch_first)
+
+
+def _fits(layout: Layout | None, x: Tensor, batch_size: int) -> bool:
+    if layout is None:
+        return not x.requires_grad
+    if x.dim() <= layout.dim:
+        return False
+    n = x.shape[layout.dim]
+    return n % batch_size == 0 if layout.flat and batch_size else n == batch_size
+
+
+class Tape:
+    """The state of one wrapped model. Nothing here knows a layer's formula or an optimizer."""
+
+    def __init__(self, *, mode: str, batch_first: bool, loss_reduction: str, planner: Planner):
+        self.mode, self.batch_first, self.loss_reduction, self.planner = mode, batch_first, loss_reduction, planner
+        self.names: dict[int, str] = {}
+        self.params: list[nn.Parameter] = []
+        self.groups: list[Group] = []
+        self.layouts: dict[tuple[str, int], Layout | None] = {}
+        self.active: Pass | None = None
+        self.enabled = True
+        self.after_backward: list[Callable[[], None]] = []
+        self._task = -1
+        # Makes a layer whose input needs no gradient part of the graph; itself never gets one.
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    # -- forward ---------------------------------------------------------------------------------------------------
+
+    def begin(self, batch_size: int, log: dict[Any, Any] | None = None) -> Pass:
+        """Starts a pass; the caller ends it by restoring ``active``."""
+        if log is not None:
+            return Pass(self, batch_size, Group(batch_size, 1.0), log)
+        if torch._C._current_graph_task_id() != -1 and self.groups:
+            # Activation checkpointing runs a piece of the forward again, inside the backward of its own group.
+            return Pass(self, batch_size, self.groups[-1])
+        group = self.groups[-1] if self.groups else None
+        if group is None or group.delivered or group.batch_size != batch_size:
+            group = Group(batch_size, float(batch_size) if self.loss_reduction == "mean" else 1.0)
+            if self.mode == "hooks":
+                self.groups = [g for g in self.groups if not g.delivered]
+            self.groups.append(group)
+        return Pass(self, batch_size, group)
+
+    # -- backward --------------------------------------------------------------------------------------------------
+
+    def receive(
+        self, group: Group, record: Record, targets: Sequence[tuple[Tensor, Tracked]], key: Any = None
+    ) -> None:
+        """Takes the output gradient of one use of one or more parameters."""
+        self._mark(group)
+        if self.mode == "hooks" or self.planner.keeps(record, key):
+            grads = record.gradients()
+            for placeholder, target in targets:
+                self._add(group, target, Dense(grads[placeholder]))
+        else:
+            for placeholder, target in targets:
+                self._add(group, target, Paired(record, placeholder))
+
+    def receive_dense(self, group: Group, target: Tracked, grad: Tensor) -> None:
+        """Takes a per-sample gradient that autograd itself produced, ``[batch, *target.shape]``."""
+        self._mark(group)
+        self._add(group, target, Dense(grad.detach()))
+
+    def receive_layer(self, group: Group, record: Record, params: Sequence[nn.Parameter]) -> None:
+        """Takes the output gradient of a whole layer with a registered sampler."""
+        self._mark(group)
+        if self.mode == "hooks" or self.planner.keeps(record, None):
+            grads = record.gradients()
+            for p in params:
+                self._add_to(group, p, Dense(grads[p]))
+        else:
+            for p in params:
+                self._add_to(group, p, Paired(record, p))
+
+    def _add(self, group: Group, target: Tracked, contribution: Contribution) -> None:
+        if target.gsm_param is not None:
+            self._add_to(group, target.gsm_param, contribution)
+            return
+        for leaf in target.gsm_leaves:
+            pulled = Pulled(contribution, target.gsm_value, leaf.gsm_value, target.gsm_isometric)
+            self._add_to(group, leaf.gsm_param, pulled)
+
+    def _add_to(self, group: Group, param: nn.Parameter, contribution: Contribution) -> None:
+        if self.mode == "hooks":
+            group.add_to_attribute(param, contribution.gradient())
+        else:
+            group.add(param, contribution)
+
+    def _mark(self, group: Group) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Per-sample gradients of a backward with create_graph=True are not defined: the gradients captured would "
+                "be those of the inner derivative. Compute gradient penalties outside the wrapped model."
+            )
+        group.delivered = True
+        if not any(g is group for g in self.groups):
+            self.groups.append(group)
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(group))
+
+    def _finish(self, group: Group) -> None:
+        self._task = -1
+        if self.mode == "hooks":
+            for p in self.params:
+                if p.requires_grad:
+                    group.fill_attribute(p)
+        for callback in self.after_backward:
+            callback()
+
+    # -- afterwards ------------------------------------------------------------------------------------------------
+
+    def discard(self, params: Sequence[nn.Parameter]) -> None:
+        """Forgets what was delivered for ``params``; forwards whose backward is still to come stay."""
+        for group in self.groups:
+            group.drop(params)
+        self.groups = [g for g in self.groups if not g.delivered or g.contributions]
+
+    def norms_of_last_batch(self) -> Tensor:
+        """Per-sample gradient norms ``[batch]`` over all parameters of the last backward."""
+        delivered = [g for g in self.groups if g.delivered]
+        if not delivered:
+            raise RuntimeError("There are no per-sample gradients: run a forward and a backward first.")
+        return delivered[-1].view(self.params).squared_norms().sum(0).sqrt()

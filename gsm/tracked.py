@@ -1,0 +1,122 @@
+"""Parameters that see how they are used.
+
+While a wrapped model runs, each of its trainable parameters is replaced, as an attribute of its module, by a
+:class:`Tracked` tensor. Functions of tracked tensors and constants alone give tracked tensors (a transpose,
+``1 + weight``, a weight norm, an embedding of position ids). Where a tracked tensor meets a tensor that depends on the
+samples, the use is resolved, by the first of these that applies:
+
+1. a known function (:mod:`grad_samplers.functional`): the output is tapped and a sampler reads it;
+2. a function that broadcasts (:mod:`gsm.resolve`): the tracked tensor is expanded to one copy per sample and
+   autograd delivers the per-sample gradient;
+3. otherwise :class:`gsm.layout.Unresolvable`, and the plan hands the subtree to ``torch.func`` or to the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+if TYPE_CHECKING:
+    from gsm.tape import Tape
+
+# Functions that read only shape, type or device of their further arguments.
+SHAPE_ONLY = {"to", "type_as", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "size", "dim"}
+# Functions that only move entries around: the norm of a gradient survives them.
+_MOVES = {"t", "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "movedim"}
+_MOVES |= {"contiguous", "swapaxes", "moveaxis", "view_as", "reshape_as", "clone"}
+_NO_GRADIENT = {"detach", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "requires_grad_", "__repr__"}
+
+
+class Tracked(torch.Tensor):
+    """A parameter, or a function of parameters alone, that resolves its uses by sample."""
+
+    gsm_tape: Tape
+    gsm_value: Tensor
+    gsm_param: nn.Parameter | None
+    gsm_leaves: tuple[Tracked, ...]
+    gsm_isometric: bool
+
+    @staticmethod
+    def of_parameter(tape: Tape, param: nn.Parameter) -> Tracked:
+        value = param.detach().requires_grad_()
+        new = Tracked._make(tape, value, isometric=True)
+        new.gsm_param, new.gsm_leaves, new._is_param = param, (new,), True  # type: ignore[attr-defined]
+        return new
+
+    @staticmethod
+    def derived(tape: Tape, value: Tensor, leaves: tuple[Tracked, ...], isometric: bool) -> Tracked:
+        new = Tracked._make(tape, value, isometric)
+        new.gsm_param, new.gsm_leaves = None, leaves
+        return new
+
+    @staticmethod
+    def _make(tape: Tape, value: Tensor, isometric: bool) -> Tracked:
+        new = torch.Tensor._make_subclass(Tracked, value.detach(), False)
+        new.gsm_tape, new.gsm_value, new.gsm_isometric = tape, value, isometric
+        return new
+
+    @property
+    def gsm_name(self) -> str:
+        """The names of the parameters behind it."""
+        return " + ".join(self.gsm_tape.names.get(id(leaf.gsm_param), "?") for leaf in self.gsm_leaves)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        from gsm.resolve import resolve  # resolve imports this class
+
+        return resolve(func, args, kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(f"A tracked parameter ({self.gsm_name}) lives only while its model runs; save the model instead.")
+
+
+def tracked_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tracked]:
+    """All tracked tensors among the arguments, also one list or tuple deep, in order."""
+    found: list[Tracked] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tracked):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [v for v in value if isinstance(v, Tracked)]
+    return found
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every tracked tensor replaced by its value; the graph back to the parameters stays."""
+    if isinstance(value, Tracked):
+        return value.gsm_value
+    if isinstance(value, (list, tuple, dict)):
+        return tree_map_only(Tracked, lambda t: t.gsm_value, value)
+    return value
+
+
+def apply_to_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Runs a function of parameters and constants alone; what still depends on a parameter stays tracked."""
+    tracked = tracked_in(args, kwargs)
+    out = func(*[plain(a) for a in args], **{k: plain(v) for k, v in kwargs.items()})
+    if not torch.is_grad_enabled() or getattr(func, "__name__", "") in _NO_GRADIENT:
+        return out
+    name = getattr(func, "__name__", "")
+    moves = len(tracked) == 1 and (name in _MOVES or func in _TRANSPOSES) and tracked[0].gsm_isometric
+    leaves = tuple({id(leaf): leaf for t in tracked for leaf in t.gsm_leaves}.values())
+
+    def wrap(t: Tensor) -> Tensor:
+        if isinstance(t, Tracked) or not t.requires_grad:
+            return t
+        if len(tracked) == 1 and t is tracked[0].gsm_value:
+            return tracked[0]
+        return Tracked.derived(tracked[0].gsm_tape, t, leaves, moves and t.numel() == tracked[0].gsm_value.numel())
+
+    if isinstance(out, Tensor):
+        return wrap(out)
+    return tree_map_only(Tensor, wrap, out) if isinstance(out, (list, tuple, dict)) else out
+
+
+_TRANSPOSES = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}

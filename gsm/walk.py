@@ -1,0 +1,242 @@
+"""Walking the tree: which module is handled how, and what to do when the first batch shows that a plan does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import grad_samplers
+from grad_samplers import Sampler, lookup
+from grad_samplers.compositions import composition
+from gsm.capture import Capture, CapturedForward, Runner
+from gsm.layers import run_sampler
+from gsm.layout import Unresolvable
+from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
+from gsm.probe import probe
+from gsm.subtree import run_subtree
+from gsm.tape import Tape
+from gsm.tracked import Tracked
+
+
+class CapturePlan:
+    """A wrapped model's plan, and the capture that carries it out."""
+
+    def __init__(self, root: nn.Module, tape: Tape, mode: str, strict: bool):
+        self.root, self.tape, self.mode, self.strict = root, tape, mode, strict
+        self.subtrees: dict[str, str] = {}  # path -> "functorch" or "loop"
+        self.reasons: dict[str, str] = {}
+        self.probed: set[Any] = set()
+        self.guards: list[Any] = []
+        self.build()
+
+    def build(self) -> None:
+        """Decides from the tree alone, and installs the capture."""
+        self.plan = Plan()
+        self.trainable = [p for p in self.root.parameters() if p.requires_grad]
+        self.tape.params = self.trainable
+        self.tape.names = {id(p): n for n, p in self.root.named_parameters(remove_duplicate=True)}
+        covered: set[str] = set()
+        runners: dict[str, Runner] = {}
+        tracked: dict[int, Tracked] = {}
+        for path, module in self.root.named_modules():
+            if path in covered:
+                continue
+            own = own_trainable(module)
+            if path in self.subtrees or (self.mode in ("functorch", "loop") and own):
+                rung = self.subtrees.get(path, self.mode)
+                names = [n for n, p in module.named_parameters() if p.requires_grad]
+                covered |= {joined(path, n) for n, _ in module.named_modules() if n}
+                views = {n: self._tracked(tracked, p) for n, p in module.named_parameters() if p.requires_grad}
+                runners[path] = run_subtree(path, views, loop=rung == "loop")
+                why = self.reasons.get(path, f"mode={self.mode!r}")
+                self.plan.entries[path] = Entry(path, type(module).__name__, [joined(path, n) for n in names], rung, why)
+                continue
+            if not own and composition(module) is None:
+                continue
+            sampler, composed = own_sampler(module), composition(module)
+            if sampler is not None and own:
+                runners[path] = run_sampler(sampler, path)
+            elif composed is not None and any(p.requires_grad for p in module.parameters()):
+                runners[path] = _composed(composed)
+                covered |= {joined(path, n) for n, _ in module.named_modules() if n and not own_trainable(module)}
+                covered -= {joined(path, n) for n, _ in module.named_modules() if n}
+            if own:
+                entry = initial_entry(path, module, composed is not None and sampler is None)
+                if sampler is not None:
+                    entry.rung, entry.why = "sampler", f"registered for {type(module).__name__}"
+                self.plan.entries[path] = entry
+        self.capture = Capture(self.root, self.tape, self.plan.entries)
+        self.capture.attach(runners, covered)
+        self.capture.before_first = self._before
+        for p in self.trainable:
+            self.guards.append(p.register_post_accumulate_grad_hook(self._caught))
+
+    def _tracked(self, made: dict[int, Tracked], p: nn.Parameter) -> Tracked:
+        if id(p) not in made:
+            made[id(p)] = Tracked.of_parameter(self.tape, p)
+        return made[id(p)]
+
+    def _caught(self, p: Tensor) -> None:
+        """A handled parameter got an ordinary gradient: something used it where nothing saw it."""
+        if not self.tape.enabled:
+            return
+        p.grad = None
+        raise RuntimeError(
+            f"{self.tape.names.get(id(p), 'A parameter')} received an ordinary gradient: it was used outside the wrapped "
+            "model's forward (in the loss, say), so that share of its per-sample gradient is unknown. Compute it "
+            "inside the model's forward, or freeze the parameter."
+        )
+
+    # -- before a batch ----------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Builds the plan anew if parameters were frozen or unfrozen since, or samplers registered or removed."""
+        now = [p for p in self.root.parameters() if p.requires_grad]
+        if len(now) != len(self.trainable) or any(a is not b for a, b in zip(now, self.trainable, strict=True)):
+            self._rebuild()
+
+    def _rebuild(self) -> None:
+        from gsm.ledger import forget_tape, register_tape
+
+        for p in self.trainable:
+            forget_tape(p, self.tape)
+        self._detach()
+        self.tape.layouts = {}
+        self.probed = set()
+        self.build()
+        for p in self.trainable:
+            register_tape(p, self.tape)
+
+    def _before(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
+        """On the first batch, and the first of each other kind of input: refuse what mixes samples, and probe."""
+        if self.strict:
+            mixing = mixing_modules(self.root)
+            if mixing:
+                raise ValueError(mixing[0])
+        kind = signature(args, kwargs)
+        if size == 0 or kind in self.probed:
+            return
+        while True:
+            root = self.capture.forwards[""]
+            try:
+                probe(self.capture, root, args, kwargs, size)
+            except Unresolvable as error:
+                self._escalate(error)
+            else:
+                self.probed.add(kind)
+                return
+
+    def _escalate(self, error: Unresolvable) -> None:
+        """Hands the module that owns the parameter to the next rung, or the module above it."""
+        if not error.parameters:
+            raise error
+        path = error.parameters[0].rpartition(".")[0]
+        inside = [p for p in self.subtrees if p == path or path.startswith(p + ".") or p == ""]
+        if inside:
+            path = min(inside, key=len)
+            if path == "" and self.subtrees[path] == "loop":
+                raise error
+            path = self._above(path) if path else path
+        if path in self.subtrees:
+            self.subtrees[path] = "loop"
+        else:
+            self.subtrees[path] = "functorch"
+        self.reasons[path] = str(error)
+        for below in [p for p in self.subtrees if p != path and (not path or p.startswith(path + "."))]:
+            del self.subtrees[below]
+        self._rebuild()
+
+    def _above(self, path: str) -> str:
+        """The nearest module above that has a forward of its own."""
+        while path:
+            path = path.rpartition(".")[0]
+            module = self.root.get_submodule(path)
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                return path
+        return ""
+
+    # -- on and off --------------------------------------------------------------------------------------------------
+
+    def set_enabled(self, enabled: bool) -> None:
+        self.tape.enabled = enabled
+
+    def _detach(self) -> None:
+        for guard in self.guards:
+            guard.remove()
+        self.guards = []
+        self.capture.detach()
+
+    def close(self) -> None:
+        self._detach()
+        self.tape.groups = []
+
+
+def prepare(root: nn.Module, tape: Tape, *, mode: str, strict: bool) -> CapturePlan:
+    """Plans and installs the capture of a model."""
+    return CapturePlan(root, tape, mode, strict)
+
+
+def _composed(function: Callable[..., Any]) -> Runner:
+    def run(capture: Capture, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(forward.module, *args, **kwargs)
+
+    return run
+
+
+def own_sampler(module: nn.Module) -> Sampler | None:
+    """The sampler that has to see the module's call itself: a user's, Opacus's, or one no known function stands for."""
+    if covers_functionally(module):
+        found = _registered_with_opacus(module)
+        return found
+    sampler = lookup(module)
+    if sampler is not None and grad_samplers.reason_unsupported(module) is None:
+        return sampler
+    return _registered_with_opacus(module)
+
+
+def _registered_with_opacus(module: nn.Module) -> Sampler | None:
+    """A sampler that the user registered with `opacus.grad_sample.register_grad_sampler` for exactly this class."""
+    from opacus.grad_sample import GradSampleModule as OpacusModule
+
+    table = getattr(OpacusModule, "GRAD_SAMPLERS", {})
+    function = table.get(type(module))
+    if function is None or getattr(function, "__module__", "").startswith("opacus."):
+        return None
+    return Sampler(type(module), grad=function)
+
+
+def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What distinguishes one kind of call of the model from another: which arguments are tensors of which rank."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return ("tensor", value.dim(), value.is_floating_point())
+        if isinstance(value, (list, tuple)):
+            return tuple(kind(v) for v in value)
+        if isinstance(value, dict):
+            return tuple((k, kind(v)) for k, v in value.items())
+        return type(value).__name__
+
+    return kind(args), kind(kwargs), torch.is_autocast_enabled()
+
+
+def mixing_modules(root: nn.Module) -> list[str]:
+    """One sentence for each module below ``root`` that is known to make samples influence each other."""
+    found = []
+    for path, module in root.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            found.append(
+                f"{path or 'the model'} is a {type(module).__name__} in training mode: batch statistics make samples "
+                "influence each other, so no clipping bounds one record's contribution. Replace it by GroupNorm or "
+                "LayerNorm (opacus.validators.ModuleValidator.fix(model) does), or put it in eval mode to use fixed "
+                "statistics."
+            )
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats and module.training:
+            found.append(
+                f"{path or 'the model'} is a {type(module).__name__} with track_running_stats=True: its running "
+                "statistics leave the model without noise. Build it with track_running_stats=False."
+            )
+    return found

@@ -1,0 +1,231 @@
+"""`GradSampleModule`: a model, unmodified, whose backward gives per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from opacus.grad_sample import AbstractGradSampleModule
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from gsm.capture import CapturedForward
+from gsm.ledger import forget_tape, register_tape
+from gsm.plan import Plan
+from gsm.planner import Planner
+from gsm.tape import Tape
+from gsm.walk import CapturePlan, prepare
+
+MODES = ("auto", "hooks", "ghost", "functorch", "loop")
+
+
+class GradSampleModule(AbstractGradSampleModule):
+    """Wraps a model so that one ordinary backward yields every sample's own gradient.
+
+    Args:
+        model: the model; its code, parameters and buffers stay as they are.
+        batch_first: the batch is the first dimension of the inputs; False: the second (of tensors with two or more).
+        loss_reduction: "mean" or "sum", how the loss combines the samples' own losses.
+        strict: refuse models in which samples influence each other. False is for experiments without privacy claims.
+        force_functorch: the same as `mode="functorch"`.
+        mode: "hooks" leaves `p.grad_sample`, `[batch, *p.shape]`, on every trainable parameter; "ghost" and "auto" keep
+            only what norms and weighted sums need ("ghost" the least memory, "auto" the least time within
+            `memory_budget`); "functorch" and "loop" compute `p.grad_sample` that way for every module (to compare with).
+        memory_budget: bytes that materialised gradients may take in mode "auto"; by default a tenth of the
+            peak of the non-private step, estimated from what the first batch captured.
+
+    Raises:
+        ValueError: for an unknown mode or reduction, a model without trainable parameters or already wrapped.
+
+    Example:
+        >>> model = GradSampleModule(nn.Linear(3, 2))
+        >>> model(torch.randn(5, 3)).mean().backward()
+        >>> model.weight.grad_sample.shape
+        torch.Size([5, 2, 3])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        batch_first: bool = True,
+        loss_reduction: str = "mean",
+        strict: bool = True,
+        force_functorch: bool = False,
+        mode: str = "hooks",
+        memory_budget: int | None = None,
+    ):
+        _check(model, loss_reduction, mode)
+        super().__init__(model, batch_first=batch_first, loss_reduction=loss_reduction)
+        self.strict, self.force_functorch = strict, force_functorch
+        self.mode = "functorch" if force_functorch else mode
+        self.memory_budget = memory_budget
+        self.grad_accumulation_allowed = True
+        self.hooks_enabled = False
+        self._captured: CapturePlan | None = None
+        self.add_hooks()
+
+    # -- hooks, in Opacus's words ------------------------------------------------------------------------------------
+
+    def add_hooks(self, **_: Any) -> None:
+        """Puts the capture in place (again, after :meth:`remove_hooks`)."""
+        if self._captured is not None:
+            raise ValueError("Trying to add hooks twice to the same model")
+        reading = {"functorch": "hooks", "loop": "hooks"}.get(self.mode, self.mode)
+        tape = Tape(
+            mode=reading,
+            batch_first=self.batch_first,
+            loss_reduction=self.loss_reduction,
+            planner=Planner(reading, self.memory_budget),
+        )
+        self._captured = prepare(self._module, tape, mode=self.mode, strict=self.strict)
+        tape.after_backward.append(self._after_backward)
+        for p in tape.params:
+            register_tape(p, tape)
+        self.hooks_enabled = True
+
+    def remove_hooks(self) -> None:
+        """Takes the capture away; the model is exactly as before it was wrapped."""
+        if self._captured is not None:
+            self._captured.close()
+            for p in self._captured.tape.params:
+                forget_tape(p, self._captured.tape)
+            self._captured = None
+        self.hooks_enabled = False
+
+    def disable_hooks(self) -> None:
+        """Forwards are ordinary until :meth:`enable_hooks`."""
+        self.hooks_enabled = False
+        if self._captured is not None:
+            self._captured.set_enabled(False)
+
+    def enable_hooks(self) -> None:
+        """The opposite of :meth:`disable_hooks`."""
+        self.hooks_enabled = True
+        if self._captured is not None:
+            self._captured.set_enabled(True)
+
+    def forbid_grad_accumulation(self) -> None:
+        """A second backward before the first one's gradients are used or cleared is an error from now on."""
+        self.grad_accumulation_allowed = False
+
+    def allow_grad_accumulation(self) -> None:
+        """The opposite of :meth:`forbid_grad_accumulation`."""
+        self.grad_accumulation_allowed = True
+
+    def _after_backward(self) -> None:
+        if self.grad_accumulation_allowed:
+            return
+        held = [p.grad_sample for p in self._tape.params if isinstance(getattr(p, "grad_sample", None), list)]
+        if any(len(entries) > 1 for entries in held) or sum(g.delivered for g in self._tape.groups) > 1:
+            raise ValueError(
+                "Poisson sampling is not compatible with grad accumulation. You need to call optimizer.step() after every "
+                "forward/backward pass, or split logical batches with max_physical_batch_size= (or BatchMemoryManager)."
+            )
+
+    # -- what a user looks at ----------------------------------------------------------------------------------------
+
+    @property
+    def _tape(self) -> Tape:
+        if self._captured is None:
+            raise RuntimeError("The hooks of this GradSampleModule were removed: call add_hooks() first.")
+        return self._captured.tape
+
+    @property
+    def plan(self) -> Plan:
+        """How every trainable parameter is handled; `print(model.plan)` is a table."""
+        if self._captured is None:
+            raise RuntimeError("The hooks of this GradSampleModule were removed: call add_hooks() first.")
+        return self._captured.plan
+
+    @property
+    def per_sample_gradient_norms(self) -> Tensor:
+        """Norms `[batch]` of the per-sample gradients of the last backward, over all trainable parameters."""
+        held = [getattr(p, "grad_sample", None) for p in self._tape.params if p.requires_grad]
+        if any(h is not None for h in held):
+            last = [h[-1] if isinstance(h, list) else h for h in held if h is not None]
+            return torch.stack([g.flatten(1).norm(dim=1) for g in last]).norm(dim=0)
+        return self._tape.norms_of_last_batch()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        if self._captured is not None and self.hooks_enabled and torch.is_grad_enabled():
+            self._captured.refresh()
+        return self._module(*args, **kwargs)
+
+    def trainable_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """Named parameters of the model with `requires_grad`."""
+        return ((n, p) for n, p in self._module.named_parameters() if p.requires_grad)
+
+    def set_grad_sample_to_none(self) -> None:
+        """Forgets all per-sample gradients."""
+        super().set_grad_sample_to_none()
+        if self._captured is not None:
+            self._tape.discard(self._tape.params)
+
+    def __getattr__(self, item: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, item)
+        except AttributeError:
+            if item == "_module":
+                raise
+            try:
+                return getattr(self._module, item)
+            except AttributeError:
+                raise AttributeError(
+                    f"neither {type(self).__name__} nor the wrapped {type(self._module).__name__} has an attribute {item!r}"
+                ) from None
+
+    # -- copies ------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the capture: hooks on live parameters are put back by whoever unpickles."""
+        return {**self.__dict__, "_captured": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _strip(self._module)
+        if self.hooks_enabled:
+            self.add_hooks()
+
+    @classmethod
+    def is_supported(cls, module: nn.Module) -> bool:
+        """Whether a module can be wrapped (everything but what :meth:`validate` complains about)."""
+        return not cls.validate(module, strict=True, raise_if_error=False)
+
+    @classmethod
+    def validate(cls, module: nn.Module, *, strict: bool = True, raise_if_error: bool = False) -> list[Exception]:
+        """What is wrong with a model: layers whose samples influence each other."""
+        from gsm.walk import mixing_modules
+
+        errors: list[Exception] = [ValueError(text) for text in mixing_modules(module)] if strict else []
+        if errors and raise_if_error:
+            raise errors[0]
+        return errors
+
+
+def _check(model: nn.Module, loss_reduction: str, mode: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if isinstance(model, AbstractGradSampleModule) or isinstance(model.__dict__.get("forward"), CapturedForward):
+        raise ValueError("The model is wrapped already: trying to add hooks twice to the same model.")
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
+    lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"{', '.join(lazy)} have no shape yet: run the lazy model on one batch before wrapping it")
+
+
+def _strip(model: nn.Module) -> None:
+    """Removes what a copied or unpickled model still carries of its original's capture."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, CapturedForward):
+            forward.module = module
+            forward.remove()
+
+
+
