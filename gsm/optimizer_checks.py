@@ -1,0 +1,102 @@
+"""What :class:`gsm.optimizer.DPOptimizer` refuses, and the messages a user gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gsm import ledger
+
+NO_BACKWARD = (
+    "No per-sample gradients: nothing was captured since the last step() or zero_grad(). Run a forward of the wrapped "
+    "model in train mode and loss.backward() before step(), and no zero_grad() between the two."
+)
+FORGOTTEN = (
+    "The gradients of the last step() are still there: call optimizer.zero_grad() once per step (before the next "
+    "backward), or the same records would enter two releases."
+)
+ACCUMULATED = (
+    "{n} backward passes before one step(). They may hold the same records, so their clipping bounds add up and the "
+    "noise is scaled by the total. If they are disjoint parts of one logical batch, call optimizer.virtual_step() "
+    "after each of them but the last."
+)
+OVERLAPPING = (
+    "virtual_step() joined batches that the loader drew independently (Poisson sampling), so one record can be in "
+    "several of them: their clipping bounds add up and the noise is scaled by the total. For a large logical batch in "
+    "small pieces, pass max_physical_batch_size= to make_private() and call step() for every piece."
+)
+
+
+def check_settings(
+    optimizer: Any,
+    expected_batch_size: float | None,
+    loss_reduction: str,
+    generator: Any,
+    secure_mode: bool,
+    noise: Any,
+) -> None:
+    """Raises TypeError or ValueError for arguments of DPOptimizer that make no sense."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"DPOptimizer wraps a torch.optim.Optimizer, got {type(optimizer).__name__}.")
+    if isinstance(optimizer, OpacusDPOptimizer):
+        raise ValueError("This optimizer is private already: wrap optimizer.original_optimizer instead.")
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"Unexpected value for loss_reduction: {loss_reduction!r}; it is 'mean' or 'sum'.")
+    if loss_reduction == "mean" and expected_batch_size is None:
+        raise ValueError("You must provide expected_batch_size if the loss reduction is mean: the sum is divided by it.")
+    if expected_batch_size is not None and not expected_batch_size > 0:
+        raise ValueError(f"expected_batch_size must be positive, got {expected_batch_size!r}.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
+    if secure_mode and generator is not None:
+        raise ValueError(
+            "secure_mode draws its key from the operating system; a torch.Generator can be predicted. Pass one or the other."
+        )
+    if noise is not None and (secure_mode or generator is not None):
+        raise ValueError("noise= brings its own randomness: pass it without generator= and secure_mode=.")
+
+
+def check_wrapped(optimizer: Optimizer, params: Sequence[nn.Parameter], loss_reduction: str) -> None:
+    """Raises ValueError for parameters that no wrapper captures, or whose wrapper scales gradients otherwise."""
+    tapes = [ledger.tape_of(p) for p in params]
+    lost = [p for p, tape in zip(params, tapes, strict=True) if tape is None and not hasattr(p, "grad_sample")]
+    if lost:
+        names = ", ".join(describe(optimizer, p) for p in lost[:5])
+        raise ValueError(
+            f"Per sample gradient not found: the optimizer holds {len(lost)} trainable parameter(s) that no GradSampleModule "
+            f"captures ({names}). Wrap the model that owns them, or take them out of the optimizer, or freeze them."
+        )
+    other = {tape.loss_reduction for tape in tapes if tape is not None} - {loss_reduction}
+    if other:
+        raise ValueError(
+            f"The model was wrapped with loss_reduction={other.pop()!r}, the optimizer has loss_reduction="
+            f"{loss_reduction!r}: per-sample gradients would be scaled by the batch size. Give both the same."
+        )
+
+
+def check_finite(optimizer: Optimizer, params: Sequence[nn.Parameter], sums: Sequence[Tensor], weights: Tensor) -> None:
+    """Raises FloatingPointError where a sample that was excluded still reached a sum (0 * inf is NaN)."""
+    for p, total in zip(params, sums, strict=True):
+        if not bool(torch.isfinite(total).all()):
+            silenced = weights if weights.dim() == 1 else weights.amin(0)
+            samples = (silenced == 0).nonzero().flatten().tolist()[:5]
+            raise FloatingPointError(
+                f"The gradient of sample(s) {samples} of this batch is not finite and could not be left out of the sum for "
+                f"{describe(optimizer, p)}. Look for an overflow in the forward pass (half precision?) or bad input."
+            )
+
+
+def describe(optimizer: Optimizer, param: nn.Parameter) -> str:
+    """A name for a parameter: the model's own if known, else its place in the optimizer."""
+    tape = ledger.tape_of(param)
+    name = tape.names.get(id(param)) if tape is not None else None
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            if p is param:
+                name = name or (group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]")
+    return f"{name} of shape {tuple(param.shape)}"
