@@ -1,12 +1,13 @@
 """Clipping: from the norms of per-sample gradients to weights, and to the sensitivity of the weighted sum.
 
-A clipping part never sees a layer or a gradient, only squared norms ``[parameters, batch]``. What it returns bounds what
-one record can contribute to the sum, and that bound - nothing else - is what the noise is scaled by.
+A clipping part never sees a layer or a gradient, only squared norms ``[parameters, batch]``. What it returns bounds
+what one record can contribute to the sum, and that bound - nothing else - is what the noise is scaled by.
 
-Formal guarantee, for every part here: with the weights ``w`` returned for one batch, ``||w_i g_i|| <= sensitivity`` for
-every sample ``i``, up to the rounding of the norms themselves (a few units in the last place of float32; weights below 1
-are shrunk by ``8 eps`` to stay on the safe side). Adding or removing one record therefore moves ``sum_i w_i g_i`` by at most
-``sensitivity`` in l2. A sample whose gradient holds an infinity or a NaN, or whose squared norm overflows, gets weight 0.
+Formal guarantee, for every part here: with the weights ``w`` returned for one batch, ``||w_i g_i|| <= sensitivity``
+for every sample ``i``, up to the rounding of the norms themselves (a few units in the last place of float32; weights
+below 1 are shrunk by ``8 eps`` to stay on the safe side). Adding or removing one record therefore moves ``sum_i w_i
+g_i`` by at most ``sensitivity`` in l2. A sample whose gradient holds an infinity or a NaN, or whose squared norm
+overflows, gets weight 0.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from gsm.ledger import PerSampleGradients
 class Clipped:
     """What clipping says about one physical batch.
 
-    ``weights`` is ``[batch]`` or ``[parameters, batch]``; ``sensitivity`` the l2 bound on one record's part of the weighted
-    sum; ``statistic`` a scalar to be released with noise beside the sum (adaptive clipping), to which one record contributes at
-    most ``statistic_sensitivity``; ``groups`` the ids of the users in this batch (user-level clipping).
+    ``weights`` is ``[batch]`` or ``[parameters, batch]``; ``sensitivity`` the l2 bound on one record's part of the
+    weighted sum; ``statistic`` a scalar to be released with noise beside the sum (adaptive clipping), to which one
+    record contributes at most ``statistic_sensitivity``; ``groups`` the ids of the users in this batch (user-level
+    clipping).
     """
 
     weights: Tensor
@@ -116,9 +118,9 @@ class FlatClipping(Clipping):
 class AutomaticClipping(Clipping):
     """AUTO-S: ``w_i = C / (||g_i|| + gamma)``, which normalises instead of clipping.
 
-    ``||w_i g_i|| < C`` for every gradient, so the sensitivity is C as in flat clipping; C and the learning rate become one
-    quantity, and nothing is left to tune. Source: Bu, Wang, Zha, Karypis 2022, "Automatic Clipping", equation (5), with
-    their ``gamma = 0.01``.
+    ``||w_i g_i|| < C`` for every gradient, so the sensitivity is C as in flat clipping; C and the learning rate
+    become one quantity, and nothing is left to tune. Source: Bu, Wang, Zha, Karypis 2022, "Automatic Clipping",
+    equation (5), with their ``gamma = 0.01``.
 
     Args:
         max_grad_norm: the bound C.
@@ -139,9 +141,9 @@ class AutomaticClipping(Clipping):
 class PerLayerClipping(Clipping):
     """Every parameter is clipped to its own bound ``C_l``; the sensitivity of the whole sum is ``sqrt(sum_l C_l^2)``.
 
-    A number is split equally: ``C_l = max_grad_norm / sqrt(n)`` for ``n`` trainable parameters, so that the sensitivity is
-    ``max_grad_norm``. A list gives one bound per trainable parameter, in the optimizer's order; ``max_grad_norm`` is then
-    the list's l2 norm, and assigning a number to it (a scheduler) scales the list.
+    A number is split equally: ``C_l = max_grad_norm / sqrt(n)`` for ``n`` trainable parameters, so that the
+    sensitivity is ``max_grad_norm``. A list gives one bound per trainable parameter, in the optimizer's order;
+    ``max_grad_norm`` is then the list's l2 norm, and assigning a number to it (a scheduler) scales the list.
 
     Source: McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models", section 3.
 

@@ -14,22 +14,23 @@ from gsm.clipping import FlatClipping, checked_bound
 class AdaptiveClipping(FlatClipping):
     """Flat clipping whose bound follows the ``target_unclipped_quantile`` of the norms.
 
-    After every release ``C <- C * exp(-eta * (b - quantile))``, where ``b`` is a noisy estimate of the fraction of samples that
-    were not clipped. Source: Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially Private Learning with Adaptive
-    Clipping", algorithm 1.
+    After every release ``C <- C * exp(-eta * (b - quantile))``, where ``b`` is a noisy estimate of the fraction of
+    samples that were not clipped. Source: Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially Private Learning
+    with Adaptive Clipping", algorithm 1.
 
     Formal guarantee (their theorem 1): beside the clipped sum with noise multiplier ``z_g``, the release contains
-    ``sum_i (b_i - 1/2) + N(0, s^2)`` with ``b_i`` in {0, 1} and ``s = unclipped_num_std``. One record changes the pair,
-    each part divided by its standard deviation, by at most ``sqrt(z_g^-2 + (2 s)^-2)``. With ``z_g = (z^-2 - (2 s)^-2)^(-1/2)``
-    that is ``1 / z``: both together are one Gaussian mechanism with multiplier ``z``, which is what is charged. The fraction
-    is estimated with the *expected* batch size; the true one is private.
+    ``sum_i (b_i - 1/2) + N(0, s^2)`` with ``b_i`` in {0, 1} and ``s = unclipped_num_std``. One record changes the
+    pair, each part divided by its standard deviation, by at most ``sqrt(z_g^-2 + (2 s)^-2)``. With ``z_g = (z^-2 - (2
+    s)^-2)^(-1/2)`` that is ``1 / z``: both together are one Gaussian mechanism with multiplier ``z``, which is what
+    is charged. The fraction is estimated with the *expected* batch size; the true one is private.
 
     Args:
         max_grad_norm: the bound to start from.
         target_unclipped_quantile: the fraction of samples that shall not be clipped, in [0, 1].
         clipbound_learning_rate: eta, positive.
         min_clipbound, max_clipbound: limits of the bound.
-        unclipped_num_std: ``s``; must exceed half the noise multiplier. None: ``expected_batch_size / 20`` as in the paper, but
+        unclipped_num_std: ``s``; must exceed half the noise multiplier. None: ``expected_batch_size / 20`` as in the
+            paper, but
             at least the noise multiplier, so that the gradient's noise grows by at most 16 %.
     """
 

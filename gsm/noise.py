@@ -27,7 +27,8 @@ class Noise(Protocol):
     """What the optimizer needs of its noise."""
 
     def add_(self, tensors: Sequence[Tensor], std: float, sensitivity: float) -> None:
-        """Adds N(0, std^2) to every entry, in place. ``sensitivity`` is the l2 sensitivity of ``tensors`` taken together."""
+        """Adds N(0, std^2) to every entry, in place. ``sensitivity`` is the l2 sensitivity of ``tensors`` taken
+        together."""
 
     def refresh(self) -> None:
         """Makes sure that no noise drawn before (by an earlier run that is being resumed) can be drawn again."""
@@ -36,10 +37,10 @@ class Noise(Protocol):
 class GaussianNoise:
     """Gaussian noise from a seedable generator (not cryptographic: see :class:`gsm.secure_noise.SecureNoise`).
 
-    Up to 2^15 entries come straight from the generator. For more, each call draws a 126-bit key from it; the entries of all
-    CPU tensors are numbered through and cut into chunks of 2^17; chunk ``i`` gets its own Mersenne twister whose whole state
-    comes from Philox4x64(key, counter ``i``). So the result depends on the generator alone, not on how many threads share
-    the work. Tensors on an accelerator use its own generator, seeded from the key.
+    Up to 2^15 entries come straight from the generator. For more, each call draws a 126-bit key from it; the entries
+    of all CPU tensors are numbered through and cut into chunks of 2^17; chunk ``i`` gets its own Mersenne twister
+    whose whole state comes from Philox4x64(key, counter ``i``). So the result depends on the generator alone, not on
+    how many threads share the work. Tensors on an accelerator use its own generator, seeded from the key.
 
     Formal guarantee: the entries are pseudo-random normal deviates in the tensors' own precision (Box-Muller on 24-bit
     uniform numbers in float32: no deviate beyond 5.8 standard deviations). An observer who can exploit the gaps between
@@ -58,8 +59,8 @@ class GaussianNoise:
         self.generator = generator
 
     def refresh(self) -> None:
-        """From here on the noise comes from fresh randomness of the operating system, whatever was seeded: a resumed run
-        must not repeat its noise (the same noise under two different sums cancels out)."""
+        """From here on the noise comes from fresh randomness of the operating system, whatever was seeded: a resumed
+        run must not repeat its noise (the same noise under two different sums cancels out)."""
         self.generator = _twister(np.frombuffer(os.urandom(624 * 4), np.uint32))
 
     def add_(self, tensors: Sequence[Tensor], std: float, sensitivity: float) -> None:
@@ -97,8 +98,8 @@ class GaussianNoise:
 
 
 def in_chunks(tensors: Sequence[Tensor], work: Callable[[int, list[Tensor]], None]) -> None:
-    """Cuts the entries of ``tensors`` into chunks of :data:`CHUNK` and calls ``work(i, flat_slices)`` on every one, on all
-    of torch's threads. ``work`` changes the slices in place."""
+    """Cuts the entries of ``tensors`` into chunks of :data:`CHUNK` and calls ``work(i, flat_slices)`` on every one,
+    on all of torch's threads. ``work`` changes the slices in place."""
     flat = [(t, t if t.is_contiguous() else t.contiguous()) for t in tensors if t.numel()]
     chunks = list(enumerate(_chunks([dense.view(-1) for _, dense in flat])))
     threads = min(torch.get_num_threads(), len(chunks))
@@ -112,8 +113,11 @@ def in_chunks(tensors: Sequence[Tensor], work: Callable[[int, list[Tensor]], Non
             t.copy_(dense)
 
 
-def in_blocks(parts: Sequence[Tensor], fill: Callable[[int], Tensor], apply: Callable[[Tensor, Tensor], None]) -> None:
-    """Walks through flat tensors with a block of values at a time: ``fill(n)`` makes ``n``, ``apply`` uses a slice of them."""
+def in_blocks(
+    parts: Sequence[Tensor], fill: Callable[[int], Tensor], apply: Callable[[Tensor, Tensor], object]
+) -> None:
+    """Walks through flat tensors with a block of values at a time: ``fill(n)`` makes ``n``, ``apply`` uses a slice of
+    them."""
     left = sum(p.numel() for p in parts)
     block, used = fill(min(left, BLOCK)), 0
     for part in parts:
@@ -164,7 +168,8 @@ def _add_chunk(key: Any, stream: int, parts: list[Tensor], std: float) -> None:
 
 
 def _twister(words: np.ndarray[Any, Any]) -> torch.Generator:
-    """A CPU generator whose 624-word state is given: torch's own seeding keeps only 32 bits, too few to never repeat."""
+    """A CPU generator whose 624-word state is given: torch's own seeding keeps only 32 bits, too few to never
+    repeat."""
     state = _blank_state().copy()
     state[8:16].view(np.int32)[:] = 1  # words left before the next refill; seeded
     state[16:24].view(np.uint64)[:] = 0  # position

@@ -1,22 +1,18 @@
 """The private optimizer: clip, sum, add noise, charge the accountant, step.
 
-One *release* is one noisy sum handed to the wrapped optimizer, and :class:`DPOptimizer` the only place where it happens.
-Clipping (:mod:`gsm.clipping`) and noise (:mod:`gsm.noise`) are parts handed in.
+One *release* is one noisy sum handed to the wrapped optimizer, and :class:`DPOptimizer` the only place where it
+happens. Clipping (:mod:`gsm.clipping`) and noise (:mod:`gsm.noise`) are parts handed in.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from gsm import ledger
@@ -32,6 +28,7 @@ from gsm.optimizer_checks import (
     check_settings,
     check_wrapped,
 )
+from gsm.optimizer_interface import Accountant, OptimizerInterface
 from gsm.release import PendingRelease
 from gsm.secure_noise import SecureNoise
 
@@ -42,11 +39,8 @@ CLIPPING: dict[str, type[Clipping]] = {
     "adaptive": AdaptiveClipping,
 }
 
-class Accountant(Protocol):
-    def step(self, *, noise_multiplier: float, sample_rate: float) -> None: ...
 
-
-class DPOptimizer(OpacusDPOptimizer):
+class DPOptimizer(OptimizerInterface):
     """Wraps a ``torch.optim`` optimizer so that its steps are differentially private.
 
     Args:
@@ -63,10 +57,11 @@ class DPOptimizer(OpacusDPOptimizer):
 
     Formal guarantee: every release is ``sum_i w_i g_i + N(0, (noise_multiplier * S)^2)``, where ``S``, given by the
     clipping part at the moment of clipping, bounds the change of the sum when one record is added or removed. With
-    ``accountant`` set, each release is charged once, before a parameter moves, at ``noise_multiplier`` and ``sample_rate``
-    times the number of samples in it. If samples were drawn as the accountant assumes, this is the subsampled Gaussian
-    mechanism (Abadi et al. 2016, algorithm 1). :meth:`virtual_step` takes the caller's word that the physical batches it
-    joins hold different records; batches that nothing joins may hold the same ones, and their bounds add up.
+    ``accountant`` set, each release is charged once, before a parameter moves, at ``noise_multiplier`` and
+    ``sample_rate`` times the number of samples in it. If samples were drawn as the accountant assumes, this is the
+    subsampled Gaussian mechanism (Abadi et al. 2016, algorithm 1). :meth:`virtual_step` takes the caller's word that
+    the physical batches it joins hold different records; batches that nothing joins may hold the same ones, and their
+    bounds add up.
 
     Example:
         >>> model = GradSampleModule(nn.Linear(8, 2))
@@ -100,12 +95,10 @@ class DPOptimizer(OpacusDPOptimizer):
         #: Charged once per release, at ``sample_rate`` per sample; None: nobody keeps the account.
         self.accountant: Accountant | None = None
         self.sample_rate: float | None = None
-        #: True where every batch of the loader is a random sample of its own (Poisson sampling), so that two of them can
-        #: hold the same record unless the loader says, with signal_skip_step, that they are parts of one sample.
+        #: True where every batch of the loader is a random sample of its own (Poisson sampling), so that two of them
+        #: can hold the same record unless the loader says, with signal_skip_step, that they are parts of one sample.
         self.independent_batches = False
-        self.step_hooks: list[Callable[[DPOptimizer], None]] = []
-        self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
-        self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._init_hooks()
         self._warned: set[str] = set()
         self.clipping.validate(self.noise_multiplier, expected_batch_size, len(self.params))
         self._reset()
@@ -122,48 +115,6 @@ class DPOptimizer(OpacusDPOptimizer):
         self._released_version = -1
         self._checked: list[int] = []
 
-    # -- settings ------------------------------------------------------------------------------------------------------
-
-    @property
-    def noise_multiplier(self) -> float:
-        """Read at every release, so that a scheduler can set it."""
-        return self._noise_multiplier
-
-    @noise_multiplier.setter
-    def noise_multiplier(self, value: float) -> None:
-        number = float(value)
-        if not (number >= 0 and math.isfinite(number)):
-            raise ValueError(f"noise_multiplier must be 0 (no privacy) or a positive number, got {value!r}.")
-        self._noise_multiplier = number
-
-    @property
-    def max_grad_norm(self) -> float:
-        """The clipping part's bound; assigning to it takes effect at the next clipping."""
-        return self.clipping.max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float) -> None:
-        self.clipping.max_grad_norm = value
-
-    @property
-    def generator(self) -> torch.Generator | None:
-        """The seedable source of the noise, if it has one."""
-        return getattr(self.noise, "generator", None)
-
-    def attach_step_hook(self, fn: Callable[[DPOptimizer], None]) -> None:
-        """Calls ``fn(optimizer)`` at every release, after the noise and before the update.
-
-        Hooks add up: attaching one never detaches another, nor ``accountant``.
-        """
-        if not callable(fn):
-            raise TypeError(f"A step hook is a function of the optimizer, got {type(fn).__name__}.")
-        self.step_hooks.append(fn)
-
-    @property
-    def step_hook(self) -> Callable[[DPOptimizer], None] | None:
-        """The hook attached last."""
-        return self.step_hooks[-1] if self.step_hooks else None
-
     # -- one physical batch --------------------------------------------------------------------------------------------
 
     @property
@@ -175,8 +126,8 @@ class DPOptimizer(OpacusDPOptimizer):
         return waiting
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets gradients. A sum that :meth:`virtual_step` or a skipped step has built up stays, as it still waits for
-        its release; :meth:`discard_pending` forgets that too."""
+        """Forgets gradients. A sum that :meth:`virtual_step` or a skipped step has built up stays, as it still waits
+        for its release; :meth:`discard_pending` forgets that too."""
         ledger.discard(self.params)
         self._released, self._iterations = None, 0
         if not self._is_last_step_skipped:
@@ -379,82 +330,10 @@ class DPOptimizer(OpacusDPOptimizer):
         for p in self.params:
             p.summed_grad = None  # type: ignore[attr-defined]
 
-    # -- torch.optim's interface ---------------------------------------------------------------------------------------
-
-    def _run_hooks(self, hooks: OrderedDict[int, Any], closure: Any) -> None:
-        for hook in list(hooks.values()):
-            if hook(self, (self, closure), {}) is not None:
-                raise RuntimeError("A step hook of a private optimizer cannot replace the arguments of step().")
-
-    def register_step_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Calls ``hook(optimizer, args, kwargs)`` before every update, with the noisy gradients in place."""
-        return _register(self._optimizer_step_pre_hooks, hook)
-
-    def register_step_post_hook(self, hook: Callable[..., None]) -> RemovableHandle:
-        """Calls ``hook(optimizer, args, kwargs)`` after every update."""
-        return _register(self._optimizer_step_post_hooks, hook)
-
-    def register_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        return self.original_optimizer.register_state_dict_pre_hook(*args, **kwargs)
-
-    def register_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        return self.original_optimizer.register_state_dict_post_hook(*args, **kwargs)
-
-    def register_load_state_dict_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        return self.original_optimizer.register_load_state_dict_pre_hook(*args, **kwargs)
-
-    def register_load_state_dict_post_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        return self.original_optimizer.register_load_state_dict_post_hook(*args, **kwargs)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters; only between logical batches, as their part of the pending sum would be missing."""
-        if self._pending.samples:
-            raise ValueError("add_param_group() in the middle of a logical batch: call it after step().")
-        self.original_optimizer.add_param_group(param_group)
-
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """The wrapped optimizer's state, and the clipping part's under "clipping" (plain numbers)."""
-        return {**self.original_optimizer.state_dict(), "clipping": self.clipping.state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state of this class, of Opacus's, or of the plain optimizer.
-
-        A logical batch under way is forgotten. The noise continues with fresh randomness even if it was seeded: a resumed
-        run that repeats the noise of the interrupted one would give the difference of the two sums away.
-        """
-        inner = {k: v for k, v in state_dict.items() if k != "clipping"}
-        self.original_optimizer.load_state_dict(inner)
-        if "clipping" in state_dict:
-            self.clipping.load_state_dict(state_dict["clipping"])
-        self.discard_pending()
-        self.noise.refresh()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but a logical batch under way (its un-noised sum must not end up in a file)."""
-        left_out = {"_pending", "_step_skip_queue", "_released", "step"}
-        return {k: v for k, v in self.__dict__.items() if k not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    def __repr__(self) -> str:
-        return (
-            f"DPOptimizer(noise_multiplier={self.noise_multiplier:g}, clipping={self.clipping!r}, "
-            f"expected_batch_size={self.expected_batch_size}, loss_reduction={self.loss_reduction!r}, "
-            f"noise={self.noise!r})\n{self.original_optimizer!r}"
-        )
-
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
-
-
-def _register(hooks: OrderedDict[int, Any], hook: Callable[..., None]) -> RemovableHandle:
-    handle = RemovableHandle(hooks)
-    hooks[handle.id] = hook
-    return handle
 
 
 def _make_clipping(clipping: str | Clipping, max_grad_norm: float | Sequence[float]) -> Clipping:

@@ -48,14 +48,14 @@ def check_settings(
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"Unexpected value for loss_reduction: {loss_reduction!r}; it is 'mean' or 'sum'.")
     if loss_reduction == "mean" and expected_batch_size is None:
-        raise ValueError("You must provide expected_batch_size if the loss reduction is mean: the sum is divided by it.")
+        raise ValueError("You must provide expected_batch_size if loss_reduction is mean: the sum is divided by it.")
     if expected_batch_size is not None and not expected_batch_size > 0:
         raise ValueError(f"expected_batch_size must be positive, got {expected_batch_size!r}.")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
     if secure_mode and generator is not None:
         raise ValueError(
-            "secure_mode draws its key from the operating system; a torch.Generator can be predicted. Pass one or the other."
+            "secure_mode takes its key from the operating system; a torch.Generator can be predicted. Pass only one."
         )
     if noise is not None and (secure_mode or generator is not None):
         raise ValueError("noise= brings its own randomness: pass it without generator= and secure_mode=.")
@@ -68,8 +68,9 @@ def check_wrapped(optimizer: Optimizer, params: Sequence[nn.Parameter], loss_red
     if lost:
         names = ", ".join(describe(optimizer, p) for p in lost[:5])
         raise ValueError(
-            f"Per sample gradient not found: the optimizer holds {len(lost)} trainable parameter(s) that no GradSampleModule "
-            f"captures ({names}). Wrap the model that owns them, or take them out of the optimizer, or freeze them."
+            f"Per sample gradient not found: the optimizer holds {len(lost)} trainable parameter(s) that no "
+            f"GradSampleModule captures ({names}). Wrap the model that owns them, or take "
+            "them out of the optimizer, or freeze them."
         )
     other = {tape.loss_reduction for tape in tapes if tape is not None} - {loss_reduction}
     if other:
@@ -86,8 +87,9 @@ def check_finite(optimizer: Optimizer, params: Sequence[nn.Parameter], sums: Seq
             silenced = weights if weights.dim() == 1 else weights.amin(0)
             samples = (silenced == 0).nonzero().flatten().tolist()[:5]
             raise FloatingPointError(
-                f"The gradient of sample(s) {samples} of this batch is not finite and could not be left out of the sum for "
-                f"{describe(optimizer, p)}. Look for an overflow in the forward pass (half precision?) or bad input."
+                f"The gradient of sample(s) {samples} of this batch is not finite and could not be left out of the "
+                f"sum for {describe(optimizer, p)}. Look for an overflow in the "
+                "forward pass (half precision?) or for bad input."
             )
 
 
@@ -97,6 +99,6 @@ def describe(optimizer: Optimizer, param: nn.Parameter) -> str:
     name = tape.names.get(id(param)) if tape is not None else None
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
-            if p is param:
-                name = name or (group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]")
+            if p is param and name is None:
+                name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
     return f"{name} of shape {tuple(param.shape)}"

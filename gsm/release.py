@@ -12,12 +12,13 @@ from gsm.clipping import Clipped
 class PendingRelease:
     """Clipped sums of one or more physical batches that will leave together in one release.
 
-    A *sample* is what the sampler drew at once (the logical batch). Physical batches that join one sample hold different
-    records, so the largest of their bounds holds for the sample; two samples can hold the same record, so the bounds of
-    samples add up.
+    A *sample* is what the sampler drew at once (the logical batch). Physical batches that join one sample hold
+    different records, so the largest of their bounds holds for the sample; two samples can hold the same record, so
+    the bounds of samples add up.
 
-    Formal guarantee: if every record is in at most one physical batch of a sample, one record changes ``sums`` by at most
-    ``sensitivity`` in l2 (triangle inequality over the samples), and ``statistic`` by at most ``statistic_sensitivity``.
+    Formal guarantee: if every record is in at most one physical batch of a sample, one record changes ``sums`` by at
+    most ``sensitivity`` in l2 (triangle inequality over the samples), and ``statistic`` by at most
+    ``statistic_sensitivity``.
     """
 
     def __init__(self) -> None:
@@ -40,9 +41,9 @@ class PendingRelease:
         twice = self._groups & clipped.groups if self.joins else frozenset()
         if twice:
             raise ValueError(
-                f"The records of {len(twice)} user(s), {sorted(twice, key=str)[:3]} among them, are spread over several "
-                "physical batches of one logical batch, so each would contribute once per physical batch: keep all "
-                "records of a user in one physical batch."
+                f"The records of {len(twice)} user(s), {sorted(twice, key=str)[:3]} among them, are spread over "
+                "several physical batches of one logical batch, so each would contribute once per physical "
+                "batch: keep all records of a user in one physical batch."
             )
 
     def add(self, params: Sequence[nn.Parameter], sums: Sequence[Tensor], clipped: Clipped) -> None:
