@@ -85,8 +85,14 @@ class Capture:
         self._sites: list[tuple[dict[str, Any], str, Tracked]] = []
         self.before_first: Callable[[CapturedForward, tuple[Any, ...], dict[str, Any], int], None] | None = None
 
-    def attach(self, runners: dict[str, Runner], covered: set[str]) -> None:
-        """Installs captured forwards; modules whose path is in ``covered`` belong to a subtree above them."""
+    def attach(self, runners: dict[str, Runner], subtrees: set[str], covered: set[str]) -> None:
+        """Installs captured forwards, and tracks the parameters of all modules but those in subtrees.
+
+        Args:
+            runners: what runs in place of a module's forward, by path; by default the forward itself.
+            subtrees: roots of the subtrees that are handled as a whole.
+            covered: the modules below those roots: they get nothing.
+        """
         tracked: dict[int, Tracked] = {}
         for path, module in self.root.named_modules():
             if path in covered:
@@ -96,6 +102,8 @@ class Capture:
                 forward = CapturedForward(module, self, runners.get(path))
                 forward.install()
                 self.forwards[path] = forward
+            if path in subtrees:
+                continue
             for name, p in own:
                 if id(p) not in tracked:
                     tracked[id(p)] = Tracked.of_parameter(self.tape, p)

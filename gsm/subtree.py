@@ -41,7 +41,7 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
         forward.bypass = True
         try:
             if active.batch_size == 0:
-                return _empty(capture, module, tracked, args, kwargs)
+                return _empty(active, module, tracked, args, kwargs)
             copies = {n: expanded(active, t) for n, t in tracked.items()}
             each = _looped if loop else _mapped
             outputs, rebuild = each(module, copies, leaves, layouts, spec, active.batch_size)
@@ -136,8 +136,8 @@ def _joined(
 
 
 def _empty(
-    capture: Capture, module: nn.Module, tracked: dict[str, Tracked], args: tuple[Any, ...], kwargs: dict[str, Any]
+    active: Pass, module: nn.Module, tracked: dict[str, Tracked], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """No samples: the subtree runs on the empty batch, and its parameters' gradient is zero."""
-    params = {n: t.gsm_value.detach() + capture.tape.anchor.to(t.dtype) * 0 for n, t in tracked.items()}
+    params = {n: t.gsm_value.detach() + expanded(active, t).sum(0) for n, t in tracked.items()}
     return functional_call(module, params, args, kwargs, tie_weights=True)

@@ -39,6 +39,7 @@ class CapturePlan:
         self.tape.params = self.trainable
         self.tape.names = {id(p): n for n, p in self.root.named_parameters(remove_duplicate=True)}
         covered: set[str] = set()
+        roots: set[str] = set()
         runners: dict[str, Runner] = {}
         tracked: dict[int, Tracked] = {}
         for path, module in self.root.named_modules():
@@ -47,6 +48,7 @@ class CapturePlan:
             own = own_trainable(module)
             if path in self.subtrees or (self.mode in ("functorch", "loop") and own):
                 rung = self.subtrees.get(path, self.mode)
+                roots.add(path)
                 names = [n for n, p in module.named_parameters() if p.requires_grad]
                 covered |= {joined(path, n) for n, _ in module.named_modules() if n}
                 views = {n: self._tracked(tracked, p) for n, p in module.named_parameters() if p.requires_grad}
@@ -61,15 +63,13 @@ class CapturePlan:
                 runners[path] = run_sampler(sampler, path)
             elif composed is not None and any(p.requires_grad for p in module.parameters()):
                 runners[path] = _composed(composed)
-                covered |= {joined(path, n) for n, _ in module.named_modules() if n and not own_trainable(module)}
-                covered -= {joined(path, n) for n, _ in module.named_modules() if n}
             if own:
                 entry = initial_entry(path, module, composed is not None and sampler is None)
                 if sampler is not None:
                     entry.rung, entry.why = "sampler", f"registered for {type(module).__name__}"
                 self.plan.entries[path] = entry
         self.capture = Capture(self.root, self.tape, self.plan.entries)
-        self.capture.attach(runners, covered)
+        self.capture.attach(runners, roots, covered)
         self.capture.before_first = self._before
         for p in self.trainable:
             self.guards.append(p.register_post_accumulate_grad_hook(self._caught))
