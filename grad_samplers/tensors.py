@@ -18,6 +18,9 @@ def wide(x: Tensor) -> Tensor:
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in their common dtype, float32 or better (under autocast an input and a gradient may differ)."""
+    dtype = tensors[0].dtype
+    if dtype not in _HALF and all(x.dtype == dtype for x in tensors):
+        return tensors  # the usual case, and calls that do nothing cost microseconds too
     dtype = torch.float32
     for x in tensors:
         dtype = torch.promote_types(dtype, x.dtype)
@@ -29,6 +32,11 @@ def positions(x: Tensor) -> Tensor:
     if x.dim() < 2:
         raise ValueError(f"a tensor of shape {tuple(x.shape)} has no batch dimension in front of its features")
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def position_sum(g: Tensor) -> Tensor:
+    """`[B, T, p]` summed to `[B, p]`."""
+    return g.squeeze(1) if g.shape[1] == 1 else g.sum(1)
 
 
 def spatial_sum(g: Tensor) -> Tensor:
