@@ -139,6 +139,10 @@ class PoissonSampler(UniformWithReplacementSampler):
     def __len__(self) -> int:
         return self.steps
 
+    def refresh(self) -> None:
+        """Draw from the operating system from here on: a resumed run must not draw an earlier run's batches again."""
+        self.generator, self.secure_mode = None, True
+
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self.steps):
             words = Words(self.generator, self.secure_mode)  # reads self.generator late: it may have been switched
@@ -184,6 +188,10 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
 
     def __len__(self) -> int:
         return self.num_batches
+
+    def refresh(self) -> None:
+        """Draw from the operating system from here on: a resumed run must not draw an earlier run's batches again."""
+        self.generator, self.secure_mode = None, True
 
     def shard(self) -> np.ndarray:
         """Indices of the records this rank draws from in the current epoch."""

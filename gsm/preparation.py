@@ -1,0 +1,213 @@
+"""The parts of private training - model, optimizer, loader - each made from its ordinary counterpart."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import opacus.accountants
+import torch
+from opacus.distributed import DifferentiallyPrivateDistributedDataParallel
+from opacus.grad_sample import AbstractGradSampleModule, prepare_module
+from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
+from opacus.optimizers import get_optimizer_class
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+import accountants
+from gsm import validation
+from gsm.clipping import Clipping
+from gsm.loader import DPDataLoader, batches_per_epoch, with_secure_shuffle
+from gsm.optimizer import CLIPPING, DPOptimizer
+from gsm.wrapper import MODES, GradSampleModule
+
+OPACUS_MODES = ("ew", "no_op")
+FIXED_BATCHES = (
+    "poisson_sampling=False: batches are drawn as your loader draws them, but epsilon is computed for Poisson sampling "
+    "at the same rate. For shuffled or fixed batches that is an approximation, not a guarantee: quote it as such, or "
+    "train with poisson_sampling=True."
+)
+
+
+def is_distributed(module: nn.Module) -> bool:
+    """Whether the model is wrapped for data-parallel training over several processes."""
+    inner = module._module if isinstance(module, AbstractGradSampleModule) else module
+    return isinstance(inner, DifferentiallyPrivateDistributedDataParallel | DistributedDataParallel)
+
+
+def check_parameters(module: nn.Module, optimizer: Optimizer) -> None:
+    """Raise ValueError unless the optimizer holds parameters of this very model, and something to train."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    strangers = [p for p in held if id(p) not in names]
+    if strangers:
+        raise ValueError(
+            f"Module parameters are different than optimizer Parameters: {len(strangers)} of the optimizer's "
+            f"{len(held)} tensors (the first has shape {tuple(strangers[0].shape)}) are not in the model. Make the "
+            "optimizer after anything that replaces layers, get_compatible_module included."
+        )
+    if not any(p.requires_grad for p in held):
+        raise ValueError(
+            f"nothing to train: none of the optimizer's {len(held)} parameters requires a gradient. Unfreeze some with "
+            "p.requires_grad_(True) before make_private."
+        )
+
+
+def private_model(module: nn.Module, *, mode: str, batch_first: bool, loss_reduction: str, wrap_model: bool) -> Any:
+    """The model with per-sample gradients; an already wrapped one is returned if it fits the arguments.
+
+    Raises:
+        UnsupportedModuleError: layers in which samples influence each other, or a model in eval mode.
+        ValueError: an unknown mode, or a wrapped model with other settings.
+    """
+    if mode not in (*MODES, *OPACUS_MODES):
+        raise ValueError(f"unknown grad_sample_mode {mode!r}: choose one of {', '.join((*MODES, *OPACUS_MODES))}")
+    validation.validate(module)
+    if isinstance(module, AbstractGradSampleModule):
+        _check_wrapper(module, mode=mode, batch_first=batch_first, loss_reduction=loss_reduction)
+        return module
+    if mode in OPACUS_MODES:
+        return prepare_module(
+            module, mode, wrap_model=wrap_model, batch_first=batch_first, loss_reduction=loss_reduction
+        )
+    # Without wrapping, the object returned only serves to clean up: its hooks sit on the model itself either way.
+    return GradSampleModule(module, batch_first=batch_first, loss_reduction=loss_reduction, mode=mode)
+
+
+def _check_wrapper(module: AbstractGradSampleModule, **wanted: Any) -> None:
+    mode = wanted.pop("mode")
+    has = {name: getattr(module, name) for name in wanted}
+    if isinstance(module, GradSampleModule):
+        wanted, has = {**wanted, "mode": mode}, {**has, "mode": module.mode}
+    differing = [f"{n} is {has[n]!r} and {wanted[n]!r} is requested" for n in wanted if has[n] != wanted[n]]
+    if differing:
+        raise ValueError(
+            f"Pre-existing GradSampleModule doesn't match new arguments: {'; '.join(differing)}. "
+            "Pass the plain model (model.to_standard_module()) instead."
+        )
+
+
+def private_optimizer(
+    optimizer: Optimizer,
+    *,
+    noise_multiplier: float,
+    max_grad_norm: float | Sequence[float],
+    expected_batch_size: float,
+    loss_reduction: str,
+    clipping: str | Clipping,
+    generator: torch.Generator | None,
+    secure_mode: bool,
+    distributed: bool,
+    mode: str,
+    clipping_options: dict[str, Any],
+) -> OpacusDPOptimizer:
+    """The optimizer that clips, adds noise and charges.
+
+    Raises:
+        ValueError: an unknown clipping, or options that it does not have; the message lists those that it has.
+    """
+    if isinstance(optimizer, OpacusDPOptimizer):
+        optimizer = optimizer.original_optimizer
+    common: dict[str, Any] = {
+        "noise_multiplier": noise_multiplier,
+        "max_grad_norm": max_grad_norm,
+        "expected_batch_size": expected_batch_size,
+        "loss_reduction": loss_reduction,
+        "generator": generator,
+        "secure_mode": secure_mode,
+    }
+    if distributed:
+        return _opacus_distributed(optimizer, clipping, mode, {**common, **clipping_options})
+    return DPOptimizer(optimizer, clipping=make_clipping(clipping, clipping_options), **common)
+
+
+def make_clipping(clipping: str | Clipping, options: dict[str, Any]) -> str | Clipping:
+    """A clipping part from its name and its own options, or as it is if there are none."""
+    if not options:
+        return clipping
+    cls = CLIPPING.get(clipping) if isinstance(clipping, str) else None
+    known = [n for n in inspect.signature(cls).parameters if n != "max_grad_norm"] if cls else []
+    unknown = [name for name in options if name not in known]
+    if unknown or cls is None:
+        raise ValueError(
+            f"unknown keyword argument(s) {', '.join(unknown or options)}: clipping={clipping!r} takes "
+            f"{', '.join(known) or 'no further ones'}"
+        )
+    return cls(**options)
+
+
+def _opacus_distributed(
+    optimizer: Optimizer, clipping: str | Clipping, mode: str, options: dict[str, Any]
+) -> OpacusDPOptimizer:
+    """Opacus's optimizers that sum over processes; they read ``p.grad_sample``, so the model must leave it there."""
+    if clipping not in ("flat", "per_layer") or mode not in ("hooks", "functorch", "loop"):
+        raise ValueError(
+            "a model under DistributedDataParallel takes clipping='flat' or 'per_layer', with grad_sample_mode="
+            f"'hooks', 'functorch' or 'loop'; got clipping={clipping!r} with {mode!r}"
+        )
+    if options["secure_mode"]:
+        raise ValueError("secure_mode is not available for a model under DistributedDataParallel")
+    return get_optimizer_class(clipping=clipping, distributed=True, grad_sample_mode="hooks")(optimizer, **options)
+
+
+def private_loader(
+    loader: Any,
+    *,
+    poisson_sampling: bool,
+    distributed: bool,
+    secure_mode: bool,
+    batch_first: bool = True,
+    rand_on_empty: bool = False,
+) -> Any:
+    """A Poisson loader, or with ``poisson_sampling=False`` the loader as it is and a warning about what that means."""
+    if poisson_sampling:
+        return DPDataLoader.from_data_loader(
+            loader,
+            distributed=distributed,
+            secure_mode=secure_mode,
+            batch_first=batch_first,
+            rand_on_empty=rand_on_empty,
+        )
+    batches_per_epoch(loader)
+    if not hasattr(loader, "dataset"):
+        raise TypeError(f"the loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}")
+    warnings.warn(FIXED_BATCHES, stacklevel=4)
+    return with_secure_shuffle(loader) if secure_mode else loader
+
+
+def make_accountant(accountant: Any) -> Any:
+    """An accountant object from a name registered here or with Opacus; an object is returned as it is.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: an object that lacks an accountant's methods.
+    """
+    if isinstance(accountant, str):
+        try:
+            return accountants.create_accountant(accountant)
+        except ValueError:
+            try:
+                return opacus.accountants.create_accountant(accountant)
+            except ValueError:
+                pass
+            raise
+    missing = [name for name in ("step", "get_epsilon", "mechanism", "state_dict") if not hasattr(accountant, name)]
+    if missing or isinstance(accountant, type):
+        raise TypeError(f"accountant must be a registered name or an accountant object, got {accountant!r}")
+    return accountant
+
+
+def rate_of(loader: Any) -> float:
+    """The sample rate of a loader: its own if it draws Poisson batches, else one over its number of batches."""
+    own = getattr(getattr(loader, "batch_sampler", None), "sample_rate", None)
+    return own if own is not None else 1 / batches_per_epoch(loader)
+
+
+def expected_batch_size(loader: Any, sample_rate: float, distributed: bool) -> float:
+    """Records per batch and process on average, rounded down as in Opacus; what the noisy sum is divided by."""
+    exact = len(loader.dataset) * sample_rate
+    size: float = int(exact * (1 + 1e-12)) or exact
+    return size / torch.distributed.get_world_size() if distributed else size
