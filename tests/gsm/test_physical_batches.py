@@ -1,14 +1,16 @@
 """Physical batches: one release per logical batch with exactly its records, whatever the training loop does."""
 
+import opacus.grad_sample
+import opacus.optimizers
 import pytest
 import torch
-from opacus.grad_sample import GradSampleModule
-from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from gsm.loader import DPDataLoader
+from gsm.optimizer import DPOptimizer
 from gsm.physical_batches import BatchMemoryManager, PhysicalBatchLoader
+from gsm.wrapper import GradSampleModule
 
 N = 40
 
@@ -24,6 +26,21 @@ class Roll(nn.Module):
         return self.seen(nn.functional.one_hot(ids, N).float())[:, 0]
 
 
+PARTS = {
+    "gsm": (lambda model: GradSampleModule(model, loss_reduction="sum", mode="ghost"), DPOptimizer),
+    "opacus": (
+        lambda model: opacus.grad_sample.GradSampleModule(model, loss_reduction="sum"),
+        opacus.optimizers.DPOptimizer,
+    ),
+}
+
+
+@pytest.fixture(params=PARTS, autouse=True)
+def parts(request, monkeypatch):
+    """Every test runs with this library's wrapper and optimizer and with Opacus's."""
+    monkeypatch.setattr(Run, "parts", PARTS[request.param])
+
+
 def members(optimizer):
     """The records in a release, each as often as it is in it."""
     counts = optimizer.params[0].grad[0].round().int()
@@ -32,6 +49,8 @@ def members(optimizer):
 
 class Run:
     """A training run without noise or clipping that records the members of every release."""
+
+    parts: tuple = ()
 
     def __init__(self, *, size=None, poisson=True, batch_size=16, workers=0, persistent=False, **options):
         loader = DataLoader(
@@ -42,9 +61,10 @@ class Run:
             generator=torch.Generator().manual_seed(7),
         )
         self.logical = DPDataLoader.from_data_loader(loader) if poisson else loader
-        self.model = GradSampleModule(Roll(), loss_reduction="sum")
+        wrap, make_optimizer = self.parts
+        self.model = wrap(Roll())
         inner = torch.optim.SGD(self.model.parameters(), lr=1.0)
-        self.optimizer = DPOptimizer(
+        self.optimizer = make_optimizer(
             inner, noise_multiplier=0.0, max_grad_norm=1e3, expected_batch_size=None, loss_reduction="sum"
         )
         # The hook holds no reference to the run: torch is slow to end the workers of a loader in a reference cycle.

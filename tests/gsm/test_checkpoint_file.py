@@ -1,0 +1,151 @@
+"""Checkpoint files: atomic writes, and damaged, half-written or hostile files recognised and named."""
+
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from gsm import checkpoint_file
+from gsm.checkpoint_file import CheckpointError, plain, read, write
+
+STATE = {"weights": torch.arange(5000.0), "history": [(1.0, 0.1, 3)], "name": "run"}
+
+
+class Hostile:
+    """Leaves a trace if anything runs it while loading."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def test_round_trip_by_name_and_by_file_object(tmp_path):
+    write(tmp_path / "a.pt", STATE)
+    buffer = io.BytesIO()
+    write(buffer, STATE)
+    buffer.seek(0)
+    for state in (read(tmp_path / "a.pt"), read(str(tmp_path / "a.pt")), read(buffer)):
+        assert torch.equal(state["weights"], STATE["weights"])
+        assert state["history"] == [(1.0, 0.1, 3)] and state["name"] == "run"
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize("stage", ["torch.save", "os.fsync", "os.replace"])
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, stage):
+    path = tmp_path / "a.pt"
+    write(path, {"version": 1})
+
+    def crash(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(f"gsm.checkpoint_file.{stage}", crash)
+    with pytest.raises(OSError, match="disk full"):
+        write(path, {"version": 2})
+    monkeypatch.undo()
+    assert read(path) == {"version": 1}
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+def test_the_old_file_is_whole_until_the_new_one_replaces_it(tmp_path, monkeypatch):
+    path, seen = tmp_path / "a.pt", []
+    write(path, {"version": 1})
+    replace = os.replace
+
+    def look(source, target):
+        seen.append((read(target), read(source)))
+        replace(source, target)
+
+    monkeypatch.setattr(checkpoint_file.os, "replace", look)
+    write(path, {"version": 2})
+    assert seen == [({"version": 1}, {"version": 2})] and read(path) == {"version": 2}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
+def test_a_half_written_file_is_named(tmp_path, share):
+    path = tmp_path / "half.pt"
+    write(path, STATE)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match="half.pt"):
+        read(path)
+
+
+def test_every_flipped_byte_of_the_contents_is_noticed(tmp_path):
+    path = tmp_path / "flipped.pt"
+    write(path, STATE)
+    whole = path.read_bytes()
+    data = whole.index(STATE["weights"].numpy().tobytes())
+    for position in (data, data + 7777, data + 4 * 5000 - 1):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises(CheckpointError, match="flipped.pt is corrupted: the checksum of"):
+            read(path)
+
+
+def test_random_damage_never_loads_other_numbers(tmp_path):
+    path = tmp_path / "damaged.pt"
+    write(path, STATE)
+    whole = bytearray(path.read_bytes())
+    draw = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[draw.integers(len(whole))] ^= 1 << draw.integers(8)
+        path.write_bytes(damaged)
+        try:
+            state = read(path)  # damage in padding does no harm
+        except CheckpointError as error:
+            assert "damaged.pt" in str(error)
+        else:
+            assert torch.equal(state["weights"], STATE["weights"]) and state["history"] == [(1.0, 0.1, 3)]
+
+
+def test_a_hostile_file_runs_nothing(tmp_path):
+    path, trace = tmp_path / "hostile.pt", tmp_path / "trace"
+    torch.save({"weights": torch.ones(2), "extra": Hostile(trace)}, path)
+    with pytest.raises(CheckpointError, match=r"hostile.pt holds objects other than tensors.*mkdir.*weights_only"):
+        read(path)
+    assert not trace.exists()
+    path.write_bytes(pickle.dumps(Hostile(trace)))
+    with pytest.raises(CheckpointError, match="hostile.pt"):
+        read(path)
+    assert not trace.exists()
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+    path = tmp_path / "a.pt"
+    write(path, {"version": 1})
+    with pytest.raises(CheckpointError, match=r"nothing was written to .*a.pt.*objects other than tensors"):
+        write(path, {"extra": Hostile(tmp_path / "trace")})
+    assert read(path) == {"version": 1} and os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(2)])
+def test_not_a_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint's dict"):
+        read(tmp_path / "other.pt")
+
+
+def test_a_text_file_and_no_file(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(CheckpointError, match="notes.txt"):
+        read(tmp_path / "notes.txt")
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "none.pt")
+
+
+def test_trusted_files_on_request(tmp_path):
+    torch.save({"extra": {1, 2}, "f": np.float64(2.0)}, tmp_path / "mine.pt")
+    with pytest.raises(CheckpointError):
+        read(tmp_path / "mine.pt")
+    assert read(tmp_path / "mine.pt", weights_only=False)["f"] == 2.0
+
+
+def test_plain_numbers():
+    value = plain({"a": [(np.float64(0.5), np.int64(3))], "b": (np.bool_(True), "x")})
+    assert value == {"a": [(0.5, 3)], "b": (True, "x")}
+    assert [type(v) for v in (*value["a"][0], value["b"][0])] == [float, int, bool]
