@@ -114,17 +114,20 @@ def in_chunks(tensors: Sequence[Tensor], work: Callable[[int, list[Tensor]], Non
 
 
 def in_blocks(
-    parts: Sequence[Tensor], fill: Callable[[int], Tensor], apply: Callable[[Tensor, Tensor], object]
+    parts: Sequence[Tensor],
+    fill: Callable[[int], Tensor],
+    apply: Callable[[Tensor, Tensor], object],
+    block_size: int = BLOCK,
 ) -> None:
-    """Walks through flat tensors with a block of values at a time: ``fill(n)`` makes ``n``, ``apply`` uses a slice of
+    """Walks through flat tensors, a block of values at a time: ``fill(n)`` draws ``n``, ``apply`` uses a slice of
     them."""
     left = sum(p.numel() for p in parts)
-    block, used = fill(min(left, BLOCK)), 0
+    block, used = fill(min(left, block_size)), 0
     for part in parts:
         start = 0
         while start < part.numel():
             if used == block.numel():
-                block, used = fill(min(left, BLOCK)), 0
+                block, used = fill(min(left, block_size)), 0
             n = min(part.numel() - start, block.numel() - used)
             apply(part[start : start + n], block[used : used + n])
             start, used, left = start + n, used + n, left - n
