@@ -40,7 +40,7 @@ def slots(ids: Tensor) -> Tensor:
     return torch.empty_like(steps).scatter_(1, order, steps.cumsum(1))
 
 
-def _capture(layer: Layer, activations: list[Tensor], backprops: Tensor) -> tuple[Tensor, Tensor]:
+def capture_rows(layer: Layer, activations: list[Tensor], backprops: Tensor) -> tuple[Tensor, Tensor]:
     """ids `[B, T]` and what each adds to its row, `[B, T, d]`: nothing for `padding_idx`."""
     ids = activations[0]
     ids = (ids.unsqueeze(1) if ids.dim() == 1 else ids.flatten(1)).long()
@@ -67,7 +67,7 @@ def embedding_grad_sample(layer: Layer, activations: list[Tensor], backprops: Te
     """`{weight: [B, V, d]}`; with `scale_grad_by_freq` the frequency counts within the sample."""
     if not trainable(layer.weight):
         return {}
-    ids, g = _capture(layer, activations, backprops)
+    ids, g = capture_rows(layer, activations, backprops)
     return {layer.weight: sum_rows(ids, g, layer.weight.shape[0])}
 
 
@@ -76,7 +76,7 @@ def embedding_norm_sample(layer: Layer, activations: list[Tensor], backprops: Te
     """Sum the gradients of equal ids, at most T rows per sample, and take the norm of those."""
     if not trainable(layer.weight):
         return {}
-    ids, g = _capture(layer, activations, backprops)
+    ids, g = capture_rows(layer, activations, backprops)
     if ids.shape[1] > 1:
         g = sum_rows(slots(ids), g, ids.shape[1])
     return {layer.weight: torch.linalg.vector_norm(g, dim=(1, 2))}
@@ -89,6 +89,6 @@ def embedding_weighted_sample(
     """One `index_add` of the scaled gradients into `[V, d]`."""
     if not trainable(layer.weight):
         return {}
-    ids, g = _capture(layer, activations, backprops)
+    ids, g = capture_rows(layer, activations, backprops)
     g = g * weights.to(g.dtype).view(-1, 1, 1)
     return {layer.weight: g.new_zeros(layer.weight.shape).index_add_(0, ids.flatten(), g.flatten(0, 1))}

@@ -7,8 +7,9 @@ it puts the tracked parameters in the modules' places and takes them out again, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from copy import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,8 +65,6 @@ class CapturedForward:
             del self.module.__dict__["forward"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedForward:
-        from copy import deepcopy
-
         new = copy(self)
         memo[id(self)] = new
         new.capture, new.runner = None, None
@@ -83,10 +82,13 @@ class Capture:
         self.root, self.tape, self.entries = root, tape, entries
         self.forwards: dict[str, CapturedForward] = {}
         self._sites: list[tuple[dict[str, Any], str, Tracked]] = []
+        self._inside: dict[str, list[tuple[dict[str, Any], str, Tracked]]] = {}
         self.before_first: Callable[[CapturedForward, tuple[Any, ...], dict[str, Any], int], None] | None = None
 
     def attach(self, runners: dict[str, Runner], subtrees: set[str], covered: set[str]) -> None:
-        """Installs captured forwards, and tracks the parameters of all modules but those in subtrees.
+        """Installs captured forwards, and tracks all trainable parameters.
+
+        Those inside a subtree are tracked for uses from outside it; while it runs, it hides them.
 
         Args:
             runners: what runs in place of a module's forward, by path; by default the forward itself.
@@ -95,28 +97,36 @@ class Capture:
         """
         tracked: dict[int, Tracked] = {}
         for path, module in self.root.named_modules():
-            if path in covered:
-                continue
+            inside = next((r for r in subtrees if r == path or not r or path.startswith(r + ".")), None)
             own = [(n, p) for n, p in module._parameters.items() if p is not None and p.requires_grad]
-            if path in runners or own or module is self.root:
+            if path not in covered and (path in runners or own or module is self.root):
                 forward = CapturedForward(module, self, runners.get(path))
                 forward.install()
                 self.forwards[path] = forward
-            if path in subtrees:
-                continue
             for name, p in own:
                 if id(p) not in tracked:
                     tracked[id(p)] = Tracked.of_parameter(self.tape, p)
-                self._sites.append((module.__dict__, name, tracked[id(p)]))
+                site = (module.__dict__, name, tracked[id(p)])
+                self._sites.append(site)
+                if inside is not None:
+                    self._inside.setdefault(inside, []).append(site)
+
+    @contextmanager
+    def hidden(self, subtree: str) -> Iterator[None]:
+        """Inside, the modules of a subtree show their own parameters again."""
+        sites = [site for site in self._inside.get(subtree, ()) if site[1] in site[0]]
+        for place, name, _ in sites:
+            del place[name]
+        try:
+            yield
+        finally:
+            for place, name, tracked in sites:
+                place[name] = tracked
 
     def detach(self) -> None:
         for forward in self.forwards.values():
             forward.remove()
-        self.forwards, self._sites = {}, []
-
-    def tracked(self) -> dict[int, Tracked]:
-        """The tracked tensor of each parameter, by the parameter's id."""
-        return {id(t.gsm_param): t for _, _, t in self._sites}
+        self.forwards, self._sites, self._inside = {}, [], {}
 
     def open(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a forward as a pass of its own."""

@@ -79,5 +79,3 @@ def _with_detached(module: nn.Module, forward: CapturedForward, args: tuple[Any,
         for name in module._parameters:
             place.pop(name, None)
         place.update(before)
-
-

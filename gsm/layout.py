@@ -13,11 +13,14 @@ from torch import Tensor
 
 
 class Unresolvable(RuntimeError):
-    """A parameter is used in a way that cannot be taken apart by sample; the subtree around it has to be."""
+    """A parameter is used in a way that cannot be taken apart by sample; the subtree around it has to be.
 
-    def __init__(self, message: str, parameters: tuple[str, ...] = ()):
+    ``subtree`` is set where a subtree was already taken as a whole, and that did not do.
+    """
+
+    def __init__(self, message: str, parameters: tuple[str, ...] = (), subtree: str | None = None):
         super().__init__(message)
-        self.parameters = parameters
+        self.parameters, self.subtree = parameters, subtree
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,7 @@ class Plan:
 
     def __str__(self) -> str:
         head = ("module", "type", "parameters", "rung", "why", "reading", "estimate")
-        rows = [
-            (e.path or "(model)", e.type, _shortened(e), e.rung, e.why, e.reading, e.estimate) for e in self
-        ]
+        rows = [(e.path or "(model)", e.type, _shortened(e), e.rung, e.why, e.reading, e.estimate) for e in self]
         used = [i for i in range(len(head)) if i < 5 or any(r[i] for r in rows)]
         widths = [max(len(head[i]), *(len(r[i]) for r in rows)) if rows else len(head[i]) for i in used]
         lines = ["  ".join(head[i].ljust(w) for i, w in zip(used, widths, strict=True)).rstrip()]
@@ -103,7 +101,9 @@ def initial_entry(path: str, module: nn.Module, composed: bool) -> Entry:
         if reason is None:
             return Entry(path, kind, names, "sampler", f"registered for {_class_name(sampler.cls)}")
         return Entry(path, kind, names, "tracked", reason)
-    return Entry(path, kind, names, "tracked", f"no sampler is registered for {kind}: its parameters' uses are followed")
+    return Entry(
+        path, kind, names, "tracked", f"no sampler is registered for {kind}: its parameters' uses are followed"
+    )
 
 
 def _class_name(cls: type | str) -> str:

@@ -62,6 +62,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                     b.copy_(before)
 
 
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes that autograd saves inside, by address, the model's own tensors left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield found
+
+
 def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
     """Two batch sizes that are not the size of any dimension of the inputs (but for the batch itself)."""
     taken = {n for x in inputs for n in x.shape}
@@ -104,8 +120,10 @@ def probe(capture: Capture, forward: CapturedForward, args: tuple[Any, ...], kwa
         for n in (first, second):
             log: dict[Any, Tensor] = {}
             a, k = resized(args, size, n, tape.batch_first), resized(kwargs, size, n, tape.batch_first)
-            outputs.append(capture.run_pass(forward, a, k, n, log))
+            with saved_bytes(capture.root) as saved:
+                outputs.append(capture.run_pass(forward, a, k, n, log))
             logs.append(log)
+            tape.planner.activation_bytes = sum(saved.values()) / n
     for key, x in logs[0].items():
         y = logs[1].get(key)
         if y is None:

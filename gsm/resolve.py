@@ -33,9 +33,17 @@ def resolve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
         tracked = tracked_in(args, kwargs)
         if not tracked:
             raise Unresolvable(f"a parameter is used in an argument structure of {name or func} that is not searched")
-        active = tracked[0].gsm_tape.active
-        if active is None or not torch.is_grad_enabled() or name == "__get__" or name in SHAPE_ONLY:
+        tape = tracked[0].gsm_tape
+        if not torch.is_grad_enabled() or name == "__get__" or name in SHAPE_ONLY:
             return apply_to_values(func, args, kwargs)
+        active = tape.active
+        if active is None:
+            raise RuntimeError(
+                f"A value computed from {tracked[0].gsm_name} during an earlier forward is used outside of one (by "
+                f"{name}): its gradient would be lost. Recompute it in the model's forward, or use it under no_grad."
+            )
+        if tape.inside is not None:
+            raise Unresolvable(f"{tape.inside}: it also uses {tracked[0].gsm_name} from outside", subtree=tape.inside)
         if known(func):
             return known_call(active, func, args, kwargs)
         rule = RULES.get(name.strip("_"))
@@ -78,7 +86,19 @@ def layout_of(active: Pass, target: Tracked, name: str, x: Tensor) -> Layout | N
 class LayerUse:
     """One call of a known function: told its output's gradient, it hands a record to the tape."""
 
-    __slots__ = ("tape", "group", "batch_size", "layer", "sampler", "targets", "layouts", "out_layout", "fold", "rest", "lead")
+    __slots__ = (
+        "tape",
+        "group",
+        "batch_size",
+        "layer",
+        "sampler",
+        "targets",
+        "layouts",
+        "out_layout",
+        "fold",
+        "rest",
+        "lead",
+    )
 
     def __init__(self, active: Pass, call: Call, targets: list[tuple[Tensor, Tracked]], layer: Any, sampler: Sampler):
         self.tape, self.group, self.batch_size = active.tape, active.group, active.batch_size
@@ -183,7 +203,12 @@ def _detached(value: Any) -> Any:
 
 
 def _mixed_call(
-    active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], call: Call, tracked: list[Tracked]
+    active: Pass,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    call: Call,
+    tracked: list[Tracked],
 ) -> Any:
     """The input itself is a function of parameters alone: so is the output, unless something else has a batch."""
     others = [a for a in call.activations if isinstance(a, Tensor) and not isinstance(a, Tracked)]
@@ -268,4 +293,3 @@ def broadcast(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kwa
         return type(value)(place(v) for v in value) if isinstance(value, (list, tuple)) else value
 
     return func(*[place(a) for a in args], **{k: place(v) for k, v in kwargs.items()})
-

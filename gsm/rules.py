@@ -73,7 +73,10 @@ def _stacked_matmul(active: Pass, func: Callable[..., Any], left: Any, right: An
     dim, layout, positions = where
     if dim >= -2:
         raise unresolvable(tracked_in((left, right), {}), func.__name__, " that contracts or mixes the batch")
-    pair = [aligned(active, v, func.__name__, dim, layout, positions) if isinstance(v, Tracked) else v for v in (left, right)]
+    pair = [
+        aligned(active, v, func.__name__, dim, layout, positions) if isinstance(v, Tracked) else v
+        for v in (left, right)
+    ]
     return torch.matmul(*pair)
 
 
@@ -90,7 +93,10 @@ def addmm(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) ->
 
 def einsum(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """The batch's letter is added to every parameter's subscripts."""
-    equation, operands = args[0], list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:])
+    equation, operands = (
+        args[0],
+        list(args[1]) if len(args) == 2 and isinstance(args[1], (list, tuple)) else list(args[1:]),
+    )
     tracked = tracked_in(tuple(operands), {})
     where = reference(active, tracked, "einsum", tuple(operands), {})
     if where is None:
@@ -100,8 +106,13 @@ def einsum(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -
         raise unresolvable(tracked, "einsum", f" with the equation {equation!r}")
     inputs, output = equation.split("->")
     subscripts = inputs.split(",")
-    depends = next(i for i, x in enumerate(operands) if not isinstance(x, Tracked) and x.dim() == len(subscripts[i]) and
-                   layout_of(active, tracked[0], "einsum", x) is not None)
+    depends = next(
+        i
+        for i, x in enumerate(operands)
+        if not isinstance(x, Tracked)
+        and x.dim() == len(subscripts[i])
+        and layout_of(active, tracked[0], "einsum", x) is not None
+    )
     letter = subscripts[depends][where[0]]
     if letter not in output or any(letter in subscripts[i] for i, x in enumerate(operands) if isinstance(x, Tracked)):
         raise unresolvable(tracked, "einsum", f" with the equation {equation!r}, which contracts the batch")
@@ -143,7 +154,9 @@ def repeat(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -
     target = args[0]
     repeats = _sizes(args[1:] or tuple(kwargs.values()))
     lead = len(repeats) - target.dim()
-    grown = _grown(active, func, target, [n * (target.shape[i - lead] if i >= lead else 1) for i, n in enumerate(repeats)])
+    grown = _grown(
+        active, func, target, [n * (target.shape[i - lead] if i >= lead else 1) for i, n in enumerate(repeats)]
+    )
     if grown is None:
         return apply_to_values(func, args, kwargs)
     copies, layout = grown

@@ -7,12 +7,15 @@ children carry no captured forwards of their own, so nothing is counted twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gsm.capture import Capture, CapturedForward, Runner
@@ -20,6 +23,10 @@ from gsm.layout import Layout, Unresolvable
 from gsm.resolve import expanded
 from gsm.tape import Pass
 from gsm.tracked import Tracked
+
+
+class VmapFails(Unresolvable):
+    """`vmap` cannot run the subtree, or gives something else than the loop: the loop has to be taken."""
 
 
 class NotPerSample(Unresolvable):
@@ -34,26 +41,33 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
         assert active is not None
         leaves, spec = tree_flatten((args, kwargs))
         if any(isinstance(x, Tracked) for x in leaves):
-            raise NotPerSample(f"{path}: its input is a parameter that has not met a sample", _names(path, tracked))
+            raise NotPerSample(f"{path}: its input is a parameter that has not met a sample", subtree=path)
         layouts = [_layout(active, path, i, x) for i, x in enumerate(leaves)]
         if not any(layouts) and path:
-            raise NotPerSample(f"{path}: none of its inputs depends on the samples", _names(path, tracked))
-        forward.bypass = True
-        try:
+            raise NotPerSample(f"{path}: none of its inputs depends on the samples", subtree=path)
+        with _inside(capture, forward, path):
             if active.batch_size == 0:
                 return _empty(active, module, tracked, args, kwargs)
+            if not loop and active.log is not None:
+                _check_vmap(module, tracked, leaves, layouts, spec, active.batch_size, path)
             copies = {n: expanded(active, t) for n, t in tracked.items()}
             each = _looped if loop else _mapped
             outputs, rebuild = each(module, copies, leaves, layouts, spec, active.batch_size)
             return rebuild([_joined(o, layouts, active, path, tracked) for o in outputs])
-        finally:
-            forward.bypass = False
 
     return run
 
 
-def _names(path: str, tracked: dict[str, Tracked]) -> tuple[str, ...]:
-    return tuple(f"{path}.{n}" if path else n for n in tracked)
+@contextmanager
+def _inside(capture: Capture, forward: CapturedForward, path: str) -> Iterator[None]:
+    """The subtree's modules show their own parameters; those of others met inside are an error (`gsm.resolve`)."""
+    before = capture.tape.inside
+    forward.bypass, capture.tape.inside = True, path
+    try:
+        with capture.hidden(path):
+            yield
+    finally:
+        forward.bypass, capture.tape.inside = False, before
 
 
 def _layout(active: Pass, path: str, i: int, x: Any) -> Layout | None:
@@ -63,7 +77,9 @@ def _layout(active: Pass, path: str, i: int, x: Any) -> Layout | None:
 Outputs = tuple[Sequence[Tensor], Callable[[list[Any]], Any]]
 
 
-def _call(module: nn.Module, params: dict[str, Tensor], leaves: list[Any], spec: Any, box: dict[str, Any]) -> list[Tensor]:
+def _call(
+    module: nn.Module, params: dict[str, Tensor], leaves: list[Any], spec: Any, box: dict[str, Any]
+) -> list[Tensor]:
     """The subtree on one sample; its output's tensors, the rest of the structure left in ``box``."""
     args, kwargs = tree_unflatten(leaves, spec)
     out, box["spec"] = tree_flatten(functional_call(module, params, args, kwargs, tie_weights=True))
@@ -103,7 +119,8 @@ def _mapped(
         full = [next(rest) if lay is not None else x for x, lay in zip(rows, layouts, strict=True)]
         return _call(module, params, full, spec, box)
 
-    return vmap(one, randomness="different")(copies, batched), _rebuild(box)
+    with RepairedForVmap():
+        return vmap(one, randomness="different")(copies, batched), _rebuild(box)
 
 
 def _looped(
@@ -118,9 +135,67 @@ def _looped(
     return [torch.stack(parts) for parts in zip(*results, strict=True)], _rebuild(box)
 
 
-def _joined(
-    out: Tensor, layouts: list[Layout | None], active: Pass, path: str, tracked: dict[str, Tracked]
-) -> Tensor:
+class RepairedForVmap(TorchFunctionMode):
+    """Functions whose batching rule drops an option: `embedding` under `vmap` gives `padding_idx` a gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        padding = kwargs.get("padding_idx", args[2] if len(args) > 2 else None) if func is F.embedding else None
+        out = func(*args, **kwargs)
+        if padding is None:
+            return out
+        ids, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
+        padding = padding + weight.shape[0] if padding < 0 else padding
+        return torch.where((ids == padding).unsqueeze(-1), out.detach(), out)
+
+
+def _check_vmap(
+    module: nn.Module,
+    tracked: dict[str, Tracked],
+    leaves: list[Any],
+    layouts: list[Layout | None],
+    spec: Any,
+    size: int,
+    path: str,
+) -> None:
+    """Before the first batch: `vmap` is trusted with this subtree if outputs and gradients are the loop's."""
+    results = []
+    leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+    for each in (_mapped, _looped):
+        copies = {n: t.gsm_value.detach().expand(size, *t.shape).clone().requires_grad_() for n, t in tracked.items()}
+        try:
+            with torch.random.fork_rng(devices=[]):
+                outputs, _ = each(module, copies, leaves, layouts, spec, size)
+                floating = [o for o in outputs if o.requires_grad]
+                total = sum(
+                    (
+                        (o.double() * torch.arange(1, o.numel() + 1, device=o.device).reshape(o.shape).sin()).sum()
+                        for o in floating
+                    ),
+                    torch.zeros((), dtype=torch.float64),
+                )
+                grads = torch.autograd.grad(total, list(copies.values()), allow_unused=True)
+        except Unresolvable:
+            raise
+        except Exception as error:
+            if each is _mapped:
+                raise VmapFails(
+                    f"{path or 'the model'}: vmap fails ({str(error).splitlines()[0]})", subtree=path
+                ) from error
+            raise
+        results.append([*floating, *[g for g in grads if g is not None]])
+    if len(results[0]) != len(results[1]) or not all(map(_close, *results)):
+        raise VmapFails(f"{path or 'the model'}: vmap and the loop give different gradients", subtree=path)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape:
+        return False
+    tolerance = 1e-8 if a.dtype == torch.float64 else 1e-3
+    return bool((a - b).abs().max() <= tolerance * b.abs().max() + 1e-12) if a.numel() else True
+
+
+def _joined(out: Tensor, layouts: list[Layout | None], active: Pass, path: str, tracked: dict[str, Tracked]) -> Tensor:
     """`[B, *output of one sample]` as the output of the whole batch."""
     layout = next((lay for lay in layouts if lay is not None), Layout(0))
     if layout.flat == "major" and out.dim() > 1:
@@ -130,7 +205,7 @@ def _joined(
         raise NotPerSample(
             f"{path or 'the model'} ({', '.join(tracked)}): its output of shape {tuple(out.shape[1:])} for one sample has "
             "no batch dimension",
-            _names(path, tracked),
+            subtree=path,
         )
     return out.squeeze(1 + dim).movedim(0, dim)
 

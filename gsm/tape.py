@@ -63,6 +63,7 @@ class Tape:
         self.layouts: dict[tuple[str, int], Layout | None] = {}
         self.active: Pass | None = None
         self.enabled = True
+        self.inside: str | None = None  # the subtree that is running as a whole, if one is
         self.after_backward: list[Callable[[], None]] = []
         self._task = -1
         # Makes a layer whose input needs no gradient part of the graph; itself never gets one.
@@ -87,12 +88,10 @@ class Tape:
 
     # -- backward --------------------------------------------------------------------------------------------------
 
-    def receive(
-        self, group: Group, record: Record, targets: Sequence[tuple[Tensor, Tracked]], key: Any = None
-    ) -> None:
+    def receive(self, group: Group, record: Record, targets: Sequence[tuple[Tensor, Tracked]]) -> None:
         """Takes the output gradient of one use of one or more parameters."""
         self._mark(group)
-        if self.mode == "hooks" or self.planner.keeps(record, key):
+        if self.mode == "hooks" or self.planner.keeps(record, targets[0][1].gsm_name):
             grads = record.gradients()
             for placeholder, target in targets:
                 self._add(group, target, Dense(grads[placeholder]))
@@ -108,7 +107,7 @@ class Tape:
     def receive_layer(self, group: Group, record: Record, params: Sequence[nn.Parameter]) -> None:
         """Takes the output gradient of a whole layer with a registered sampler."""
         self._mark(group)
-        if self.mode == "hooks" or self.planner.keeps(record, None):
+        if self.mode == "hooks" or self.planner.keeps(record, self.names.get(id(params[0]))):
             grads = record.gradients()
             for p in params:
                 self._add_to(group, p, Dense(grads[p]))
@@ -150,6 +149,7 @@ class Tape:
             for p in self.params:
                 if p.requires_grad:
                     group.fill_attribute(p)
+        self.planner.settle()
         for callback in self.after_backward:
             callback()
 

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 # Functions that read only shape, type or device of their further arguments.
 SHAPE_ONLY = {"to", "type_as", "zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "size", "dim"}
-# Functions that only move entries around: the norm of a gradient survives them.
+# Functions that only move, pick or convert entries: the norm of a gradient survives their backward.
 _MOVES = {"t", "transpose", "permute", "view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "movedim"}
-_MOVES |= {"contiguous", "swapaxes", "moveaxis", "view_as", "reshape_as", "clone"}
+_MOVES |= {"contiguous", "swapaxes", "moveaxis", "view_as", "reshape_as", "clone", "narrow", "select", "chunk", "split"}
+_MOVES |= {"to", "float", "double", "half", "bfloat16", "type_as", "unbind"}
 _NO_GRADIENT = {"detach", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "requires_grad_", "__repr__"}
 
 
@@ -74,7 +75,9 @@ class Tracked(torch.Tensor):
         return resolve(func, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(f"A tracked parameter ({self.gsm_name}) lives only while its model runs; save the model instead.")
+        raise TypeError(
+            f"A tracked parameter ({self.gsm_name}) lives only while its model runs; save the model instead."
+        )
 
 
 def tracked_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tracked]:
@@ -104,7 +107,7 @@ def apply_to_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     if not torch.is_grad_enabled() or getattr(func, "__name__", "") in _NO_GRADIENT:
         return out
     name = getattr(func, "__name__", "")
-    moves = len(tracked) == 1 and (name in _MOVES or func in _TRANSPOSES) and tracked[0].gsm_isometric
+    moves = len(tracked) == 1 and tracked[0].gsm_isometric and _only_moves(func, name, args, kwargs)
     leaves = tuple({id(leaf): leaf for t in tracked for leaf in t.gsm_leaves}.values())
 
     def wrap(t: Tensor) -> Tensor:
@@ -112,11 +115,24 @@ def apply_to_values(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
             return t
         if len(tracked) == 1 and t is tracked[0].gsm_value:
             return tracked[0]
-        return Tracked.derived(tracked[0].gsm_tape, t, leaves, moves and t.numel() == tracked[0].gsm_value.numel())
+        return Tracked.derived(tracked[0].gsm_tape, t, leaves, moves)
 
     if isinstance(out, Tensor):
         return wrap(out)
     return tree_map_only(Tensor, wrap, out) if isinstance(out, (list, tuple, dict)) else out
+
+
+def _only_moves(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether every entry of the result is one entry of the argument, and none is used twice."""
+    if name in _MOVES or func in _TRANSPOSES:
+        return True
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index)
+    if name == "embedding" and isinstance(args[0], Tensor) and isinstance(args[1], Tracked):
+        plain_table = len(args) == 2 and kwargs.get("padding_idx") is None and not kwargs.get("scale_grad_by_freq")
+        return plain_table and args[0].unique().numel() == args[0].numel()
+    return False
 
 
 _TRANSPOSES = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}

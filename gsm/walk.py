@@ -16,7 +16,7 @@ from gsm.layers import run_sampler
 from gsm.layout import Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
 from gsm.probe import probe
-from gsm.subtree import run_subtree
+from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
 from gsm.tracked import Tracked
 
@@ -54,7 +54,9 @@ class CapturePlan:
                 views = {n: self._tracked(tracked, p) for n, p in module.named_parameters() if p.requires_grad}
                 runners[path] = run_subtree(path, views, loop=rung == "loop")
                 why = self.reasons.get(path, f"mode={self.mode!r}")
-                self.plan.entries[path] = Entry(path, type(module).__name__, [joined(path, n) for n in names], rung, why)
+                self.plan.entries[path] = Entry(
+                    path, type(module).__name__, [joined(path, n) for n in names], rung, why
+                )
                 continue
             if not own and composition(module) is None:
                 continue
@@ -131,20 +133,20 @@ class CapturePlan:
 
     def _escalate(self, error: Unresolvable) -> None:
         """Hands the module that owns the parameter to the next rung, or the module above it."""
-        if not error.parameters:
+        if error.subtree is None and not error.parameters:
             raise error
-        path = error.parameters[0].rpartition(".")[0]
-        inside = [p for p in self.subtrees if p == path or path.startswith(p + ".") or p == ""]
-        if inside:
-            path = min(inside, key=len)
-            if path == "" and self.subtrees[path] == "loop":
-                raise error
-            path = self._above(path) if path else path
-        if path in self.subtrees:
-            self.subtrees[path] = "loop"
+        rung = "loop" if self.mode == "loop" or isinstance(error, VmapFails) else "functorch"
+        if isinstance(error, VmapFails):
+            path = error.subtree or ""
+        elif error.subtree is None:
+            path = error.parameters[0].rpartition(".")[0]
+        elif error.subtree == "":
+            raise error
         else:
-            self.subtrees[path] = "functorch"
-        self.reasons[path] = str(error)
+            path = self._above(error.subtree)
+        if self.subtrees.get(path) == rung:
+            raise error
+        self.subtrees[path], self.reasons[path] = rung, str(error)
         for below in [p for p in self.subtrees if p != path and (not path or p.startswith(path + "."))]:
             del self.subtrees[below]
         self._rebuild()

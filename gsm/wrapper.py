@@ -226,6 +226,3 @@ def _strip(model: nn.Module) -> None:
         if isinstance(forward, CapturedForward):
             forward.module = module
             forward.remove()
-
-
-

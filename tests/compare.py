@@ -56,5 +56,7 @@ def check(
     params = [p for p in model.parameters() if p.requires_grad]
     (batch,) = collect(params)
     norms = torch.stack([expected[n].reshape(size, -1).norm(dim=1) for n in expected])
-    torch.testing.assert_close(batch.squared_norms().sqrt(), norms, rtol=max(rtol, 1e-7), atol=1e-7 * float(norms.max() + 1e-30))
+    torch.testing.assert_close(
+        batch.squared_norms().sqrt(), norms, rtol=max(rtol, 1e-7), atol=1e-7 * float(norms.max() + 1e-30)
+    )
     return wrapped

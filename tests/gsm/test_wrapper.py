@@ -84,7 +84,9 @@ def test_the_seed_case_counts_every_gradient_once(mode: str, which: str) -> None
     else:
         model, x = Extreme(), torch.randn(3, 1, 8, 8)
     wrapped = check(model, x, mode=mode)
-    assert {n for e in wrapped.plan for n in e.parameters} == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for e in wrapped.plan for n in e.parameters} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @pytest.mark.parametrize("mode", ["functorch", "loop"])
