@@ -1,11 +1,11 @@
 """Per-sample gradients, their norms and their weighted sums, layer by layer, from activations and output gradients.
 
 Pure functions of tensors: no hooks, no optimizers. Importing the package registers a sampler for every layer of
-`torch.nn` that has parameters of its own and treats each sample by itself, apart from `nn.RNN`, `nn.GRU`, `nn.LSTM`
-and `nn.MultiheadAttention`; and, by name, for layers of Opacus and transformers, which need not be installed.
+`torch.nn` that has parameters of its own and treats each sample by itself (`nn.RNN`, `nn.GRU`, `nn.LSTM` and
+`nn.MultiheadAttention` are rewritten in terms of linear layers); and, by name, for layers of Opacus and transformers, which need not be installed.
 """
 
-from grad_samplers import bilinear, conv, elementwise, embedding, embedding_bag, linear, normalization
+from grad_samplers import bilinear, conv, elementwise, embedding, embedding_bag, linear, normalization, recurrent
 from grad_samplers.readings import per_sample_gradients, per_sample_norms, weighted_sum
 from grad_samplers.registry import (
     Sampler,
@@ -30,6 +30,7 @@ __all__ = [
     "normalization",
     "per_sample_gradients",
     "per_sample_norms",
+    "recurrent",
     "reason_unsupported",
     "register_grad_sampler",
     "register_norm_sampler",

@@ -20,6 +20,7 @@ from grad_samplers.tensors import (
     norms_in_chunks,
     plain_parameters,
     positions,
+    sample_norms,
     squared_norms_from_grams,
     trainable,
     widen,
@@ -63,7 +64,7 @@ def bilinear_norm_sample(layer: Layer, activations: list[Tensor], backprops: Ten
             found[layer.weight] = squared_norms_from_grams(gram(x), gram(z), gram(g)).sqrt()
         else:
             found[layer.weight] = norms_in_chunks(
-                lambda part: _materialise(x[part], z[part], g[part]), g.shape[0], numel, like=g
+                lambda part: sample_norms(_materialise(x[part], z[part], g[part])), g.shape[0], numel, like=g
             )
     if trainable(getattr(layer, "bias", None)):
         found[layer.bias] = torch.linalg.vector_norm(g.sum(1), dim=1)

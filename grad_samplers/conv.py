@@ -28,6 +28,7 @@ from grad_samplers.tensors import (
     gram,
     norms_in_chunks,
     plain_parameters,
+    sample_norms,
     spatial_sum,
     squared_norms_from_grams,
     trainable,
@@ -185,17 +186,23 @@ def conv_norm_sample(
     found: PerParameter = {}
     if trainable(layer.weight):
         conv = _convolution(layer, activations, backprops, transposed)
-        if ghost_is_cheaper(conv):
-            patches = _patches(conv)
-            found[layer.weight] = squared_norms_from_grams(gram(patches), gram(conv.g.flatten(2).mT)).sqrt()
-        else:
-            numel = layer.weight.numel()
-            found[layer.weight] = norms_in_chunks(
-                lambda part: _materialise(conv.part(part)), conv.x.shape[0], numel, like=conv.x
-            )
+        found[layer.weight] = _weight_norms(conv)
     if trainable(getattr(layer, "bias", None)):
         found[layer.bias] = torch.linalg.vector_norm(spatial_sum(*widen(backprops)), dim=1)
     return found
+
+
+def _weight_norms(conv: Convolution) -> Tensor:
+    batch, numel = conv.x.shape[0], torch.Size(conv.weight_shape).numel()
+    if not ghost_is_cheaper(conv):
+        return norms_in_chunks(lambda part: sample_norms(_materialise(conv.part(part))), batch, numel, like=conv.x)
+
+    def norms(part: slice) -> Tensor:
+        some = conv.part(part)
+        return squared_norms_from_grams(gram(_patches(some)), gram(some.g.flatten(2).mT)).sqrt()
+
+    length = conv.g.shape[2:].numel()
+    return norms_in_chunks(norms, batch, length * (numel // conv.g.shape[1] + 2 * length), like=conv.x)
 
 
 def ghost_is_cheaper(conv: Convolution) -> bool:

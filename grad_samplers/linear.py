@@ -25,6 +25,7 @@ from grad_samplers.tensors import (
     plain_parameters,
     position_sum,
     positions,
+    sample_norms,
     squared_norms_from_grams,
     trainable,
     widen,
@@ -95,8 +96,12 @@ def outer_norms(rows: Tensor, columns: Tensor) -> Tensor:
     if length == 1:
         return torch.linalg.vector_norm(rows, dim=(1, 2)) * torch.linalg.vector_norm(columns, dim=(1, 2))
     if ghost_is_cheaper(batch, length, p, d):
-        return squared_norms_from_grams(gram(rows), gram(columns)).sqrt()
-    return norms_in_chunks(lambda part: _outer(rows[part], columns[part]), batch, p * d, like=rows)
+
+        def norms(part: slice) -> Tensor:
+            return squared_norms_from_grams(gram(rows[part]), gram(columns[part])).sqrt()
+
+        return norms_in_chunks(norms, batch, 2 * length**2, like=rows)
+    return norms_in_chunks(lambda part: sample_norms(_outer(rows[part], columns[part])), batch, p * d, like=rows)
 
 
 @register_weighted_sampler(nn.Linear)

@@ -73,29 +73,34 @@ def gram(x: Tensor) -> Tensor:
     return torch.bmm(x, x.transpose(1, 2))
 
 
-def norms_in_chunks(gradient: Callable[[slice], Tensor], batch: int, numel: int, like: Tensor) -> Tensor:
-    """Norms `[B]` of per-sample gradients that are materialised a few samples at a time.
+def sample_norms(gradients: Tensor) -> Tensor:
+    """`[B, ...]` to the norm of each sample's, `[B]`."""
+    return torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+
+
+def norms_in_chunks(norms: Callable[[slice], Tensor], batch: int, numel: int, like: Tensor) -> Tensor:
+    """Norms `[B]`, computed for a few samples at a time so that what they need on the way stays small.
 
     Args:
-        gradient: returns the gradients of a slice of the samples, `[b, ...]`.
+        norms: returns the norms of a slice of the samples.
         batch: number of samples B.
-        numel: size of one sample's gradient.
+        numel: how many numbers one sample takes on the way.
         like: a tensor of the result's dtype and device.
     """
     chunk = CPU_CHUNK_NUMEL if like.device.type == "cpu" else CHUNK_NUMEL
     step = max(1, chunk // max(1, numel))
     if step >= batch:
-        return torch.linalg.vector_norm(gradient(slice(None)).flatten(1), dim=1)
+        return norms(slice(None))
     out = like.new_empty(batch)
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
-        out[part] = torch.linalg.vector_norm(gradient(part).flatten(1), dim=1)
+        out[part] = norms(part)
     return out
 
 
 CPU_CHUNK_NUMEL = 1 << 20
 CHUNK_NUMEL = 1 << 26
-"""Numbers materialised at a time where only their norm is wanted: 4 MiB in float32, what a CPU's cache may hold
+"""Numbers held at a time on the way to a norm: 4 MiB in float32, what a CPU's cache may hold
 (larger was not faster); 256 MiB on an accelerator, where every launch counts."""
 
 

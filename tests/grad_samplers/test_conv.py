@@ -108,6 +108,12 @@ def test_both_ways_to_the_gradient(monkeypatch):
         monkeypatch.setattr(conv, "patches_are_faster", lambda _: False)
 
 
+def test_the_norm_in_chunks_of_samples(monkeypatch):
+    monkeypatch.setattr("grad_samplers.tensors.CPU_CHUNK_NUMEL", 400)
+    check(nn.Conv2d(3, 4, 3), torch.randn(5, 3, 8, 8, dtype=torch.float64))
+    check(nn.Conv2d(8, 9, 3), torch.randn(5, 8, 3, 4, dtype=torch.float64))
+
+
 def test_ghost_norm_of_a_transposed_convolution():
     check(nn.ConvTranspose2d(16, 24, 3, stride=2, padding=1), torch.randn(3, 16, 2, 2, dtype=torch.float64))
 

@@ -45,6 +45,18 @@ def test_offsets(lengths, mode, padding_idx, weighted, include_last):
     check(layer, *inputs, select=bag, size=len(lengths))
 
 
+def test_indices_after_the_last_offset_belong_to_the_last_bag():
+    """That is how PyTorch reads `include_last_offset` where the last offset is not the end."""
+    layer = nn.EmbeddingBag(ROWS, 3, mode="mean", include_last_offset=True).double()
+    ids, offsets = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2, 3])
+    output = layer(ids, offsets)
+    g = torch.randn_like(output)
+    found = grad_samplers.per_sample_gradients(layer, [ids, offsets], g)[layer.weight]
+    for bag in range(2):
+        expected = torch.autograd.grad(output[bag], layer.weight, g[bag], retain_graph=True)[0]
+        torch.testing.assert_close(found[bag], expected)
+
+
 class Weighted(nn.EmbeddingBag):
     """Two-dimensional ids with weights, `forward(ids, weights)`; covered by nn.EmbeddingBag's functions."""
 

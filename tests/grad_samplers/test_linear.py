@@ -29,6 +29,7 @@ def test_both_ways_to_the_norm(length, monkeypatch):
 def test_the_norm_in_chunks_of_samples(monkeypatch):
     monkeypatch.setattr("grad_samplers.tensors.CPU_CHUNK_NUMEL", 30)
     check(nn.Linear(3, 4), torch.randn(5, 20, 3, dtype=torch.float64))
+    check(nn.Linear(30, 40), torch.randn(5, 2, 30, dtype=torch.float64))
 
 
 def test_non_contiguous_input():
