@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from opacus.grad_sample import GradSampleHooks as OpacusHooks
+from opacus.grad_sample import GradSampleHooksFastGradientClipping as OpacusGhostHooks
 from torch import Tensor, nn
 
 import grad_samplers
@@ -189,25 +191,26 @@ def _composed(function: Callable[..., Any]) -> Runner:
 
 
 def own_sampler(module: nn.Module) -> Sampler | None:
-    """The sampler that has to see the module's call itself: a user's, Opacus's, or one no known function stands for."""
-    if covers_functionally(module):
-        found = _registered_with_opacus(module)
-        return found
+    """The sampler that has to see the module's call itself: a user's, or one that no known function stands for."""
+    users = registered_with_opacus(module)
+    if users is not None or covers_functionally(module):
+        return users
     sampler = lookup(module)
-    if sampler is not None and grad_samplers.reason_unsupported(module) is None:
-        return sampler
-    return _registered_with_opacus(module)
+    return sampler if sampler is not None and grad_samplers.reason_unsupported(module) is None else None
 
 
-def _registered_with_opacus(module: nn.Module) -> Sampler | None:
-    """A sampler that the user registered with `opacus.grad_sample.register_grad_sampler` for exactly this class."""
-    from opacus.grad_sample import GradSampleModule as OpacusModule
-
-    table = getattr(OpacusModule, "GRAD_SAMPLERS", {})
-    function = table.get(type(module))
-    if function is None or getattr(function, "__module__", "").startswith("opacus."):
+def registered_with_opacus(module: nn.Module) -> Sampler | None:
+    """A sampler that a user registered with `opacus.grad_sample.register_grad_sampler` for exactly this class."""
+    function = OpacusHooks.GRAD_SAMPLERS.get(type(module))
+    if function is None or _came_with_opacus(type(module), function):
         return None
-    return Sampler(type(module), grad=function)
+    norm = OpacusGhostHooks.NORM_SAMPLERS.get(type(module))
+    return Sampler(type(module), grad=function, norm=None if _came_with_opacus(type(module), norm) else norm)
+
+
+def _came_with_opacus(cls: type, function: Any) -> bool:
+    builtin = cls.__module__.startswith(("torch.", "opacus."))
+    return builtin and getattr(function, "__module__", "").startswith("opacus.")
 
 
 def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

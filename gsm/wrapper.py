@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
+from opacus.grad_sample import GradSampleHooks as OpacusHooks
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -44,6 +45,9 @@ class GradSampleModule(AbstractGradSampleModule):
         >>> model.weight.grad_sample.shape
         torch.Size([5, 2, 3])
     """
+
+    # Opacus's table, under its name: what its `register_grad_sampler` fills, and scripts read or write directly.
+    GRAD_SAMPLERS = OpacusHooks.GRAD_SAMPLERS
 
     def __init__(
         self,
