@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import grad_samplers
 from tests.grad_samplers.check import check
 
 
@@ -17,6 +18,13 @@ def test_prelu(batch, channels, size, shared):
 
 def test_prelu_of_single_numbers_and_of_zero():
     check(nn.PReLU(), torch.tensor([-1.5, 0.0, 2.0], dtype=torch.float64))
+
+
+def test_frozen_sequence_bias():
+    from opacus.layers.dp_multihead_attention import SequenceBias
+
+    layer = SequenceBias(3, batch_first=True).requires_grad_(False)
+    assert grad_samplers.per_sample_gradients(layer, [torch.randn(2, 4, 3)], torch.randn(2, 5, 3)) == {}
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4])

@@ -83,6 +83,14 @@ def test_running_statistics_are_refused():
     assert "track_running_stats" in (grad_samplers.reason_unsupported(layer) or "")
 
 
+def test_a_subclass_with_its_own_normalisation_is_refused():
+    class Shifted(nn.InstanceNorm2d):
+        def _apply_instance_norm(self, x):
+            return super()._apply_instance_norm(x) + 1
+
+    assert "_apply_instance_norm" in (grad_samplers.reason_unsupported(Shifted(3, affine=True)) or "")
+
+
 def test_inputs_without_batch_are_errors():
     for layer, x in [(nn.LayerNorm(4), torch.randn(4)), (nn.InstanceNorm1d(4, affine=True), torch.randn(4, 6))]:
         with pytest.raises(ValueError, match="a batch has"):

@@ -1,5 +1,6 @@
 """What holds for the three readings of every layer: stand-ins, precision, layouts."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -55,6 +56,13 @@ def test_a_stand_in_with_the_attributes_is_enough(name):
     stand_in = attributes(layer)
     assert sampler.supports is not None and sampler.supports(stand_in) is None
     assert_same(readings(stand_in, [x], g, sampler), readings(layer, [x], g), rtol=0, atol=0)
+
+
+@every_layer
+def test_a_frozen_layer_has_nothing_to_say(name):
+    layer, x = CASES[name]
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    assert readings(frozen, [x], torch.randn_like(layer(x))) == [{}, {}, {}]
 
 
 @every_layer
@@ -133,3 +141,35 @@ def test_a_model_by_hand():
     for layer in model:
         layer._forward_hooks.clear()
     assert_close_per_sample(found, per_sample_loop(model, x, loss=lambda y: y.square().sum()))
+
+
+@pytest.mark.parametrize("kind", ["DPRNN", "DPGRU", "DPLSTM"])
+def test_opacus_recurrent_layers_are_made_of_covered_parts(kind):
+    """Their cells call one linear layer per time step: the gradients of the calls add up to the layer's."""
+    layers = pytest.importorskip("opacus.layers")
+    model = getattr(layers, kind)(3, 4, num_layers=2, batch_first=True).double()
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+    found = {name: torch.zeros(5, *p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    names = {p: name for name, p in model.named_parameters()}
+
+    def capture(layer, inputs, output):
+        def add(g):
+            for p, value in grad_samplers.per_sample_gradients(layer, [inputs[0].detach()], g).items():
+                found[names[p]] += value
+
+        output.register_hook(add)
+
+    parts = [m for m in model.modules() if m._parameters and grad_samplers.lookup(m) is not None]
+    handles = [m.register_forward_hook(capture) for m in parts]
+    model(x)[0].square().sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert_close_per_sample(found, per_sample_loop(model, x, loss=lambda y: y[0].square().sum()))
+
+
+def test_opacus_attention_is_made_of_covered_parts():
+    layers = pytest.importorskip("opacus.layers")
+    attention = layers.DPMultiheadAttention(4, 2, add_bias_kv=True)
+    own = [m for m in attention.modules() if any(p is not None for p in m._parameters.values())]
+    assert {type(m).__name__ for m in own} == {"Linear", "SequenceBias"}
+    assert all(grad_samplers.reason_unsupported(m) is None for m in own)
