@@ -103,9 +103,10 @@ def _check_accountant(saved: Mapping[str, Any], accountant: Any) -> None:
         copy.deepcopy(accountant).load_state_dict(saved)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"the checkpoint's accountant state is not valid: {error}") from error
-    if len(accountant) > 0:
+    taken = sum(entry[2] for entry in accountant.history)
+    if taken:
         warnings.warn(
-            f"{len(accountant)} steps on this engine's account are replaced by the checkpoint's: if anything of them "
+            f"{taken} steps on this engine's account are replaced by the checkpoint's: if anything of them "
             "was published or kept, they must be accounted for separately",
             stacklevel=4,
         )

@@ -109,6 +109,7 @@ class PrivacyEngine:
             raise ValueError("Passing seed is prohibited in secure mode: noise_generator must be None")
         preparation.check_parameters(module, optimizer)
         validation.validate(module)
+        preparation.check_assumption(self.accountant, poisson_sampling)
         distributed = preparation.is_distributed(module)
         loader = preparation.private_loader(
             data_loader,
@@ -174,9 +175,10 @@ class PrivacyEngine:
         """
         if (epochs is None) == (total_steps is None):
             raise ValueError("say how long the training will be: exactly one of epochs and total_steps")
-        if len(self.accountant) > 0:
+        taken = sum(entry[2] for entry in self.accountant.history)
+        if taken:
             warnings.warn(
-                f"{len(self.accountant)} steps are already on this engine's account: the noise is chosen for a fresh "
+                f"{taken} steps are already on this engine's account: the noise is chosen for a fresh "
                 "start, so the total will exceed target_epsilon. Use a new engine for a new training.",
                 stacklevel=2,
             )

@@ -24,11 +24,15 @@ from gsm.loader import DPDataLoader, batches_per_epoch, with_secure_shuffle
 from gsm.optimizer import CLIPPING, DPOptimizer
 from gsm.wrapper import MODES, GradSampleModule
 
+# `isinstance(ours, opacus.accountants.IAccountant)` holds: the interface is the same.
+opacus.accountants.IAccountant.register(accountants.IAccountant)
+
 OPACUS_MODES = ("ew", "no_op")
 FIXED_BATCHES = (
     "poisson_sampling=False: batches are drawn as your loader draws them, but epsilon is computed for Poisson sampling "
-    "at the same rate. For shuffled or fixed batches that is an approximation, not a guarantee: quote it as such, or "
-    "train with poisson_sampling=True."
+    "at the same rate. For shuffled or fixed batches that is an approximation, not a guarantee: quote it as such, "
+    "train with poisson_sampling=True, or name to the accountant what the loader does and have that certified, "
+    "PrivacyEngine(accountant=PRVAccountant(sampling='shuffled', relation='zero_out'))."
 )
 
 
@@ -162,7 +166,7 @@ def private_loader(
     batch_first: bool = True,
     rand_on_empty: bool = False,
 ) -> Any:
-    """A Poisson loader, or with ``poisson_sampling=False`` the loader as it is and a warning about what that means."""
+    """A Poisson loader, or with ``poisson_sampling=False`` the loader as it is (shuffling securely in secure mode)."""
     if poisson_sampling:
         return DPDataLoader.from_data_loader(
             loader,
@@ -174,8 +178,23 @@ def private_loader(
     batches_per_epoch(loader)
     if not hasattr(loader, "dataset"):
         raise TypeError(f"the loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}")
-    warnings.warn(FIXED_BATCHES, stacklevel=4)
     return with_secure_shuffle(loader) if secure_mode else loader
+
+
+def check_assumption(accountant: Any, poisson_sampling: bool) -> None:
+    """Compare what the accountant assumes about sampling with what the loader will do; ours say it, Opacus's do not.
+
+    Raises:
+        ValueError: batches will be Poisson samples and the accountant was told that they are something else.
+    """
+    assumed = getattr(accountant, "sampling", "poisson")
+    if not poisson_sampling and assumed == "poisson":
+        warnings.warn(FIXED_BATCHES, stacklevel=4)
+    if poisson_sampling and assumed not in ("poisson", "unsampled"):
+        raise ValueError(
+            f"the accountant assumes {assumed!r} batches and poisson_sampling=True draws others: pass "
+            "poisson_sampling=False, or an accountant with sampling='poisson'"
+        )
 
 
 def make_accountant(accountant: Any) -> Any:
