@@ -1,0 +1,129 @@
+"""Noise is Gaussian, reproducible from its generator, and the same on any number of threads."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from gsm import noise
+from gsm.noise import BLOCK, CHUNK, GaussianNoise
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads for one test."""
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+def draw(shapes, seed=1, std=1.0, dtype=torch.float32, part=None):
+    tensors = [torch.zeros(s, dtype=dtype) for s in shapes]
+    (part or GaussianNoise(torch.Generator().manual_seed(seed))).add_(tensors, std, 1.0)
+    return torch.cat([t.flatten() for t in tensors])
+
+
+SMALL = [(100, 7), (), (0,), (3,), (1000,)]
+LARGE = [(CHUNK // 2, 3), (5,), (), (0,), (CHUNK + 1,), (17, 19)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
+def test_the_result_depends_on_the_seed_alone(shapes, dtype, threads):
+    one = draw(shapes, dtype=dtype)
+    threads(4)
+    assert torch.equal(one, draw(shapes, dtype=dtype))
+    assert not torch.equal(one, draw(shapes, seed=2, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("entries", [BLOCK, 8 * CHUNK + 3], ids=["small", "large"])
+def test_the_distribution_is_normal(entries, dtype):
+    x = draw([(entries,)], std=2.5, dtype=dtype).double().numpy() / 2.5
+    assert stats.kstest(x, "norm").pvalue > 1e-4
+    assert abs(x.mean()) < 4.5 / np.sqrt(entries)
+    assert abs(x.var() - 1) < 4.5 * np.sqrt(2 / entries)
+    assert abs(stats.kurtosis(x)) < 4.5 * np.sqrt(24 / entries)
+    for lag in (1, 2, 16, 1024):
+        assert abs(np.mean(x[:-lag] * x[lag:])) < 4.5 / np.sqrt(entries)
+
+
+def test_every_entry_gets_its_own_noise():
+    x = draw(LARGE, dtype=torch.float64)
+    assert len(torch.unique(x)) == len(x)
+    chunks = [x[i : i + 1000] for i in range(0, len(x) - 1000, CHUNK)]
+    correlation = np.corrcoef(torch.stack(chunks).numpy()) - np.eye(len(chunks))
+    assert abs(correlation).max() < 0.15
+
+
+def test_calls_do_not_repeat_each_other():
+    part = GaussianNoise(torch.Generator().manual_seed(0))
+    for shapes in (SMALL, LARGE):
+        assert not (draw(shapes, part=part) == draw(shapes, part=part)).any()
+
+
+def test_noise_is_added_to_what_is_there_also_in_strided_tensors():
+    base = torch.arange(12.0).reshape(3, 4)
+    strided = base.t()
+    big = torch.zeros(BLOCK, 2)
+    GaussianNoise(torch.Generator().manual_seed(0)).add_([strided, big], 1e-6, 1.0)
+    torch.testing.assert_close(base, torch.arange(12.0).reshape(3, 4), atol=1e-5, rtol=0)
+    assert (base != torch.arange(12.0).reshape(3, 4)).any()
+
+
+def test_manual_seed_reaches_the_default_generator():
+    for shapes in (SMALL, LARGE):
+        torch.manual_seed(7)
+        one = draw(shapes, part=GaussianNoise())
+        torch.manual_seed(7)
+        assert torch.equal(one, draw(shapes, part=GaussianNoise()))
+
+
+@pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
+def test_after_refresh_seeding_does_not_bring_old_noise_back(shapes):
+    generator = torch.Generator().manual_seed(3)
+    part = GaussianNoise(generator)
+    before = draw(shapes, part=part)
+    part.refresh()
+    generator.manual_seed(3)
+    torch.manual_seed(3)
+    assert not (draw(shapes, part=part) == before).any()
+
+
+def test_refresh_is_different_every_time():
+    parts = [GaussianNoise(), GaussianNoise()]
+    for part in parts:
+        part.refresh()
+    assert not torch.equal(draw(SMALL, part=parts[0]), draw(SMALL, part=parts[1]))
+
+
+def test_zero_deviation_and_no_tensors_change_nothing():
+    assert (draw(SMALL, std=0.0) == 0).all()
+    GaussianNoise().add_([], 1.0, 1.0)
+
+
+def test_the_twisters_state_is_where_torch_keeps_it():
+    """All of the 624 words count: torch's own seeding would keep 32 bits, and streams would soon repeat."""
+    assert noise._layout_is_known()
+    words = np.arange(1, 625, dtype=np.uint32)
+    reference = np.random.MT19937(0)
+    reference.state = {"bit_generator": "MT19937", "state": {"key": words, "pos": 624}}
+    drawn = torch.empty(2000, dtype=torch.int64).random_(0, 1 << 20, generator=noise._twister(words))
+    assert drawn.tolist() == (reference.random_raw(2000) % (1 << 20)).tolist()
+
+
+def test_without_that_layout_the_ziggurat_takes_over(monkeypatch, threads):
+    monkeypatch.setattr(noise, "_layout_is_known", lambda: False)
+    x = draw(LARGE)
+    threads(2)
+    assert torch.equal(x, draw(LARGE)) and stats.kstest(x.numpy(), "norm").pvalue > 1e-4
+
+
+def test_pickle_and_deepcopy_continue_the_same_stream():
+    part = GaussianNoise(torch.Generator().manual_seed(5))
+    copies = [copy.deepcopy(part), pickle.loads(pickle.dumps(part))]
+    expected = draw(SMALL, part=part)
+    for other in copies:
+        assert torch.equal(draw(SMALL, part=other), expected)
