@@ -2,7 +2,8 @@
 
 Pure functions of tensors: no hooks, no optimizers. Importing the package registers a sampler for every layer of
 `torch.nn` that has parameters of its own and treats each sample by itself (`nn.RNN`, `nn.GRU`, `nn.LSTM` and
-`nn.MultiheadAttention` are rewritten in terms of linear layers); and, by name, for layers of Opacus and transformers, which need not be installed.
+`nn.MultiheadAttention` are rewritten in terms of linear layers); and, by name, for layers of Opacus and transformers,
+which need not be installed.
 """
 
 from grad_samplers import bilinear, conv, elementwise, embedding, embedding_bag, linear, normalization, recurrent

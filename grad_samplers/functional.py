@@ -26,6 +26,7 @@ class Call:
     parameters: dict[str, Any]
     options: dict[str, Any]
     flatten: bool = False  # acts on every row alike: may be called on `[rows, d]`
+    batch_dim: int | None = None  # where the caller has its batch, should nothing better be known
 
     def stand_in(self, **parameters: Tensor | None) -> SimpleNamespace:
         """A layer-like object with the options of the call and the given parameters."""
@@ -34,6 +35,40 @@ class Call:
 
 def _linear(input: Tensor, weight: Any, bias: Any = None) -> Call:
     return Call(nn.Linear, [input], {"weight": weight, "bias": bias}, {}, flatten=True)
+
+
+def linear_around(
+    input: Tensor,
+    weight: Any,
+    bias: Any = None,
+    *,
+    shift: Tensor | None = None,
+    value: Tensor | None = None,
+    batch_dim: int | None = None,
+) -> Tensor:
+    """`F.linear(input, weight, bias)` up to a constant: what matters is the gradient that comes back.
+
+    Args:
+        input, weight, bias: as for `F.linear`.
+        shift: `[p]`, a constant added to the output.
+        value: the output (plus any constant), where it is known already: nothing is computed then, and no
+            gradient goes to the input.
+        batch_dim: the batch dimension of the input, for the capture.
+    """
+    tensors = (weight, bias)
+    if torch.overrides.has_torch_function(tensors):
+        return torch.overrides.handle_torch_function(
+            linear_around, tensors, input, weight, bias, shift=shift, value=value, batch_dim=batch_dim
+        )
+    if value is not None:
+        return value.reshape(*input.shape[:-1], value.shape[-1]).detach()
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return F.linear(input, weight, bias)
+
+
+def _linear_around(input: Tensor, weight: Any, bias: Any = None, *, batch_dim: int | None = None, **_: Any) -> Call:
+    return Call(nn.Linear, [input], {"weight": weight, "bias": bias}, {}, flatten=True, batch_dim=batch_dim)
 
 
 def _embedding(
@@ -207,6 +242,7 @@ def _conv_transpose(n: int, kind: type[nn.Module]) -> Callable[..., Call]:
 
 _BINDERS: dict[Callable[..., Any], Callable[..., Call]] = {
     F.linear: _linear,
+    linear_around: _linear_around,
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
     F.layer_norm: _layer_norm,
