@@ -1,0 +1,133 @@
+"""What every accountant is: a history of steps, the assumptions under which it is read, and the cost of it.
+
+The interface is Opacus's ``IAccountant`` (1.6), so an accountant of either library serves the other's optimizers and its
+state dict loads in the other's accountant of the same name.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
+from copy import deepcopy
+from typing import Any
+
+from . import checks
+from .assumptions import RELATIONS, SAMPLINGS, Segment, check_assumptions, segments
+
+
+class IAccountant(abc.ABC):
+    """Counts the steps of a training run and says what they cost.
+
+    Args:
+        sampling: how batches were drawn, one of :data:`accountants.assumptions.SAMPLINGS`; "poisson" by default.
+        relation: which data sets are neighbours, one of :data:`accountants.assumptions.RELATIONS`; "add_remove" by default.
+
+    ``history`` is a plain list of ``(noise_multiplier, sample_rate, num_steps)``: append to it, assign it, save it.
+
+    Example:
+        >>> from accountants import PLDAccountant
+        >>> accountant = PLDAccountant()
+        >>> accountant.history = [(1.1, 256 / 60000, 14062)]
+        >>> round(accountant.get_epsilon(delta=1e-5), 3)
+        2.382
+    """
+
+    def __init__(self, *, sampling: str = "poisson", relation: str = "add_remove") -> None:
+        check_assumptions(sampling, relation)
+        self.history: list[tuple[float, float, int]] = []
+        self.sampling = sampling
+        self.relation = relation
+
+    @classmethod
+    @abc.abstractmethod
+    def mechanism(cls) -> str:
+        """The name under which :func:`accountants.create_accountant` makes this accountant."""
+
+    @abc.abstractmethod
+    def get_epsilon(self, delta: float, **kwargs: Any) -> float:
+        """Epsilon spent so far at ``delta`` in (0, 1); 0 for an empty history, ``inf`` where no noise was added."""
+
+    def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
+        """Charge one step.
+
+        Args:
+            noise_multiplier: standard deviation of the noise over the sensitivity of the sum; 0 makes epsilon ``inf``.
+            sample_rate: probability in [0, 1] that a record was in the batch.
+        """
+        sigma, q = checks.noise_multiplier(noise_multiplier), checks.sample_rate(sample_rate)
+        if self.history and tuple(self.history[-1][:2]) == (sigma, q):
+            self.history[-1] = (sigma, q, self.history[-1][2] + 1)
+        else:
+            self.history.append((sigma, q, 1))
+
+    def __len__(self) -> int:
+        """Number of entries of the history (as in Opacus: runs of equal steps, not steps; see :attr:`num_steps`)."""
+        return len(self.history)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps charged so far."""
+        return sum(checks.steps(entry[2], "num_steps") for entry in self.history)
+
+    def segments(self) -> list[Segment]:
+        """The history as certified mechanisms under this accountant's sampling and relation; checks every number."""
+        return segments(self.history, self.sampling, self.relation)
+
+    def describe(self, delta: float, **kwargs: Any) -> str:
+        """One line that may be quoted: epsilon, delta, and everything the number rests on."""
+        return (
+            f"epsilon = {self.get_epsilon(delta, **kwargs):.4g} at delta = {delta:g} "
+            f"({self.mechanism()} accountant; {SAMPLINGS[self.sampling]}; {RELATIONS[self.relation]})"
+        )
+
+    def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[Any], None]:
+        """A function of an optimizer that charges the step it is about to take.
+
+        Args:
+            sample_rate: probability that a record is in one backward's batch; it is multiplied by the optimizer's
+                ``accumulated_iterations``, as in Opacus.
+        """
+
+        def charge(optimizer: Any) -> None:
+            self.step(
+                noise_multiplier=optimizer.noise_multiplier,
+                sample_rate=sample_rate * optimizer.accumulated_iterations,
+            )
+
+        return charge
+
+    def state_dict(self, destination: MutableMapping[str, Any] | None = None) -> MutableMapping[str, Any]:
+        """History, name and (where they are not the defaults) the assumptions; Opacus reads the first two."""
+        state: MutableMapping[str, Any] = OrderedDict() if destination is None else destination
+        state["history"] = deepcopy(self.history)
+        state["mechanism"] = self.mechanism()
+        if (self.sampling, self.relation) != ("poisson", "add_remove"):
+            state["sampling"], state["relation"] = self.sampling, self.relation
+        return state
+
+    def load_state_dict(self, state_dict: MutableMapping[str, Any]) -> None:
+        """Take over a state dict of this library or of Opacus.
+
+        Raises:
+            ValueError: it is empty, lacks an entry, belongs to another accountant, or its history is not valid.
+                Nothing is changed then.
+        """
+        if not state_dict:
+            raise ValueError("the accountant's state dict is None or empty: there is nothing to load")
+        for key in ("history", "mechanism"):
+            if key not in state_dict:
+                raise ValueError(f"the accountant's state dict has no entry {key!r}")
+        if state_dict["mechanism"] != self.mechanism():
+            raise ValueError(
+                f"a state dict of the accountant {state_dict['mechanism']!r} does not load into {self.mechanism()!r}: "
+                f"use create_accountant({state_dict['mechanism']!r})"
+            )
+        checks.history(state_dict["history"])
+        sampling, relation = state_dict.get("sampling", "poisson"), state_dict.get("relation", "add_remove")
+        check_assumptions(sampling, relation)
+        self.history = [tuple(entry) for entry in deepcopy(state_dict["history"])]
+        self.sampling, self.relation = sampling, relation
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(steps={self.num_steps}, sampling={self.sampling!r}, relation={self.relation!r})"

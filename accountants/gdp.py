@@ -1,0 +1,68 @@
+r"""Gaussian differential privacy: the central-limit approximation of Bu, Dong, Long and Su 2020. Not a bound.
+
+:math:`\mu^2=\sum_i n_i\,q_i^2\,(e^{1/\sigma_i^2}-1)` for Poisson sampling; with batches of fixed size,
+:math:`\mu^2=\sum_i 2 n_i q_i^2 (e^{1/\sigma_i^2}\Phi(3/2\sigma_i)+3\Phi(-1/2\sigma_i)-2)` (their Section 3); then the closed form for
+the Gaussian mechanism. Gopi, Lee and Wutschitz 2021 show that it can be far below the truth.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+from scipy.special import ndtr
+
+from . import checks, gaussian
+from .accountant import IAccountant
+from .assumptions import Segment
+from .rdp import refuse_symmetric
+
+
+class ApproximateEpsilonWarning(UserWarning):
+    """Said with every epsilon that is an approximation. Silence it on purpose with ``warnings.filterwarnings("ignore", category=...)``."""
+
+
+# Said every time, not only the first; appended, so that a filter of the user's own comes first.
+warnings.simplefilter("always", ApproximateEpsilonWarning, append=True)
+
+
+class GaussianAccountant(IAccountant):
+    """The "gdp" accountant: an approximation whose epsilon can be below the truth, for comparison with other work."""
+
+    @classmethod
+    def mechanism(cls) -> str:
+        return "gdp"
+
+    def get_epsilon(self, delta: float, poisson: bool = True, **kwargs: object) -> float:
+        """Approximate epsilon at ``delta``; ``poisson=False`` for batches of fixed size.
+
+        Warns:
+            ApproximateEpsilonWarning: each time, unless the history is not sampled (q = 1), where the value is exact.
+        """
+        delta = checks.delta(delta)
+        parts = self.segments()
+        refuse_symmetric(parts, "gdp")
+        if any(part.noise_multiplier == 0 for part in parts):
+            return math.inf
+        if any(not part.is_gaussian for part in parts):
+            warnings.warn(
+                "this epsilon is the central-limit approximation ('gdp') and can be below the truth: for a bound use the "
+                "'pld' or 'prv' accountant. Silence: warnings.filterwarnings('ignore', "
+                "category=accountants.ApproximateEpsilonWarning)",
+                ApproximateEpsilonWarning,
+                stacklevel=2,
+            )
+        mu = math.sqrt(math.fsum(_squared_mu(part, poisson) for part in parts))
+        return gaussian.ClosedForm(1 / mu, 1.0).epsilon(delta, upper=True) if 0 < mu < math.inf else mu
+
+
+def _squared_mu(part: Segment, poisson: bool) -> float:
+    sigma, q, steps = part.noise_multiplier, part.sample_rate, part.steps
+    if part.is_gaussian:
+        return steps / sigma**2
+    if sigma < 0.04:  # e^{1/sigma^2} is beyond float64
+        return math.inf
+    if poisson:
+        return steps * q**2 * math.expm1(sigma**-2)
+    inner = math.exp(sigma**-2) * float(ndtr(1.5 / sigma)) + 3 * float(ndtr(-0.5 / sigma)) - 2
+    return 2 * steps * q**2 * inner
