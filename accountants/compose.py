@@ -190,11 +190,11 @@ class Curve:
             return 0.0 if self.losses[0] <= self._step() else None
         return max(float(self.losses[inside[-1]]) - self.shift, 0.0)
 
-    def elsewhere(self, delta: float) -> float:
-        """An epsilon nearer to the answer at ``delta`` than this window, where :meth:`epsilon` gave None."""
-        if self.delta(float(self.losses[-2])) > delta:
-            return float(self.losses[-1])
-        return max(2 * float(self.losses[0]) - self.reference, 0.0)
+    def slope(self, epsilon: float) -> float:
+        """-d log(-d delta / d epsilon) / d epsilon near ``epsilon``, roughly."""
+        k = min(int(np.searchsorted(self.losses, epsilon)), len(self.losses) - 2)
+        further = int(np.searchsorted(-self.ratio_sum, -self.ratio_sum[k] / math.e))
+        return 1 / max(float(self.losses[min(further, len(self.losses) - 1)] - self.losses[k]), self._step())
 
     def _step(self) -> float:
         return float(self.losses[1] - self.losses[0])

@@ -13,7 +13,7 @@ adds variance of about :math:`h^2/6` to each of n steps and so :math:`n(\theta+1
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +22,9 @@ from .lattice import MAX_POINTS
 from .pairs import Array, Pair
 
 Parts = Sequence[tuple[Pair, int]]
-LOG_OUTSIDE = 32.0  # the window leaves out at most e^-32 of the tilted mass at either end, as planned
+LOG_OUTSIDE = 14.0  # mass outside the window may distort delta by e^-14 of itself, as planned
 ABSOLUTE, RELATIVE = 1e-5, 3e-5  # error of epsilon that the mesh may cause
+COARSE_POINTS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Cumulants:
         for row, (log_weight, loss) in enumerate(laws):
             self.log_weight[row, : len(loss)], self.loss[row, : len(loss)] = log_weight, loss
         self.log_weight -= self._log_sum(self.log_weight)[:, None]
+        # Distance of each loss from the lattice point under (or over) which the unsampled records' mass sits.
+        ends = [loss.max() if pair.ends_above else loss.min() for (pair, _), (_, loss) in zip(parts, laws, strict=True)]
+        self.gap = np.abs(self.loss - np.array(ends)[:, None])
         self.counts = np.array([count for _, count in parts], dtype=float)
 
     @staticmethod
@@ -60,6 +64,22 @@ class Cumulants:
     def value(self, theta: float) -> float:
         """K(theta)."""
         return float(self.counts @ self._log_sum(self.log_weight + theta * self.loss))
+
+    def mesh(self, theta: float, allowed: float) -> float:
+        """The mesh at which splitting onto the lattice adds variance ``allowed`` to the composed loss, under the tilt."""
+        exponent = self.log_weight + theta * self.loss
+        weight = np.exp(exponent - exponent.max(axis=1)[:, None])
+        weight *= (self.counts / weight.sum(axis=1))[:, None]
+
+        def variance(step: float) -> float:
+            # A gap d within the first cell adds d (h - d), others on average h^2 / 6; a few steps with large losses may come on top.
+            first = self.gap * np.maximum(step - self.gap, 0.0)
+            return float((weight * np.where(self.gap < step, first, step**2 / 6)).sum()) + step**2
+
+        step = math.sqrt(6 * allowed / (float(self.counts.sum()) + 6))
+        while variance(1.4 * step) < allowed and step < 1e3:
+            step *= 1.4
+        return step
 
     def three(self, theta: float) -> tuple[float, float, float]:
         """K, K' and K'' at theta."""
@@ -76,8 +96,8 @@ class Cumulants:
         )
 
 
-def for_delta(cumulants: Cumulants, delta: float, refine: float = 1.0) -> Plan:
-    """The plan for the epsilon at ``delta``."""
+def saddle_for_delta(cumulants: Cumulants, delta: float) -> float:
+    """The tilt whose mean is the epsilon at ``delta``, by the saddle-point formula; its epsilon is at least 0."""
 
     def too_small(log_theta: float) -> bool:
         theta = math.exp(log_theta)
@@ -85,15 +105,15 @@ def for_delta(cumulants: Cumulants, delta: float, refine: float = 1.0) -> Plan:
         log_delta = value - theta * mean - math.log(theta * (theta + 1)) - 0.5 * math.log(2 * math.pi * variance)
         return log_delta > math.log(delta) or mean < 0
 
-    return around(cumulants, _bisect(too_small), refine)
+    return _bisect(too_small)
 
 
-def for_epsilon(cumulants: Cumulants, epsilon: float, refine: float = 1.0) -> Plan:
-    """The plan for the delta at ``epsilon``."""
-    return around(cumulants, _bisect(lambda log_theta: cumulants.three(math.exp(log_theta))[1] < epsilon), refine)
+def saddle_for_epsilon(cumulants: Cumulants, epsilon: float) -> float:
+    """The tilt whose mean is ``epsilon``."""
+    return _bisect(lambda log_theta: cumulants.three(math.exp(log_theta))[1] < epsilon)
 
 
-def _bisect(too_small, low: float = math.log(1e-5), high: float = math.log(1e7)) -> float:
+def _bisect(too_small: Callable[[float], bool], low: float = math.log(1e-5), high: float = math.log(1e7)) -> float:
     """The tilt at which ``too_small`` (of its logarithm) turns false, to a few per cent."""
     if not too_small(low):
         return math.exp(low)
@@ -106,18 +126,41 @@ def _bisect(too_small, low: float = math.log(1e-5), high: float = math.log(1e7))
     return math.exp(high)
 
 
-def around(cumulants: Cumulants, theta: float, refine: float) -> Plan:
-    """Window and mesh for the tilt ``theta``; ``refine`` divides the mesh."""
+def make_plan(cumulants: Cumulants, theta: float, epsilon: float, log_delta: float, slope: float, refine: float) -> Plan:
+    """Window and mesh for a tilt.
+
+    Args:
+        theta: the tilt.
+        epsilon, log_delta: where the answer is expected.
+        slope: -d log(d delta / d epsilon) / d epsilon there.
+        refine: divides the mesh; 0 asks for a coarse plan of COARSE_POINTS points.
+    """
     value, mean, variance = cumulants.three(theta)
     width = math.sqrt(variance)
+    # Mass outside counts e^{K - theta epsilon} times its tilted share, against delta.
+    allowed = LOG_OUTSIDE + max(value - theta * epsilon - log_delta, 0.0)
     highs, lows = [], []
-    for multiple in (0.1, 0.25, 0.5, 1, 2, 3, 4.5, 6, 8, 11, 16, 32, 64):
-        shift = multiple / width
-        highs.append(((cumulants.value(theta + shift) - value + LOG_OUTSIDE) / shift, shift))
-        lows.append((-(cumulants.value(theta - shift) - value + LOG_OUTSIDE) / shift, shift))
+    for shift in np.geomspace(min(0.1 / width, 0.05 * (1 + theta)), max(32 / width, 1 + theta), 20).tolist():
+        highs.append(((cumulants.value(theta + shift) - value + allowed) / shift, shift))
+        lows.append((-(cumulants.value(theta - shift) - value + allowed) / shift, shift))
     (high, tail_high), (low, tail_low) = min(highs), max(lows)
-    steps = cumulants.counts.sum()
-    tolerance = ABSOLUTE + RELATIVE * max(mean, 0.0)
-    step = math.sqrt(12 * tolerance / (steps * (theta + 1))) / refine
-    step = max(min(step, (high - low) / 512), (high - low) / MAX_POINTS)
-    return Plan(theta, max(mean, 0.0), low - 8 * step, high + 8 * step, step, tail_high, tail_low)
+    high, low = max(high, epsilon + width / 4), min(low, epsilon - width / 4)
+    length = high - low
+    if refine:
+        step = cumulants.mesh(theta, 2 * tolerance(epsilon) / (slope + 1)) / refine
+        step = max(min(step, length / 512), length / MAX_POINTS)
+    else:
+        step = length / COARSE_POINTS
+    return Plan(theta, max(epsilon, 0.0), low - 8 * step, high + 8 * step, step, tail_high, tail_low)
+
+
+def tolerance(epsilon: float) -> float:
+    """Error of ``epsilon`` that each of mesh and rounding may cause."""
+    return ABSOLUTE + RELATIVE * max(epsilon, 0.0)
+
+
+def log_noise(cumulants: Cumulants, theta: float, epsilon: float, log_delta: float) -> float:
+    """log of what the transform's rounding adds to delta, relative to delta."""
+    value, _, variance = cumulants.three(theta)
+    steps = float(cumulants.counts.sum())
+    return math.log(1e-14 * steps / min(max(theta * math.sqrt(variance), 1e-3), 1.0)) + value - theta * epsilon - log_delta

@@ -15,10 +15,7 @@ from typing import Any
 from . import checks
 from .accountant import IAccountant
 from .assumptions import Segment
-from .bounds import directions, epsilon_bound, negligible
-from .compose import Spectrum
-from .lattice import midpoint
-from .plan import Cumulants, Plan, for_delta
+from .bounds import epsilon_bound
 from .rdp import refuse_symmetric
 
 
@@ -55,13 +52,6 @@ class PRVAccountant(IAccountant):
 
 def estimate(parts: Sequence[Segment], delta: float, eps_error: float, delta_error: float) -> float:
     """Epsilon at ``delta`` of the rounded laws, the removing direction, as in Opacus."""
-    steps = sum(part.steps for part in parts)
-    mesh = eps_error / math.sqrt(steps * math.log(12 / delta_error) / 2)
-    pairs = directions(parts)[0]
-    cumulants = Cumulants(pairs, negligible(pairs, delta_error))
-    plan = for_delta(cumulants, delta)
-    if plan.step > mesh:
-        plan = Plan(plan.theta, plan.epsilon, plan.low, plan.high, mesh, plan.tail_high, plan.tail_low)
     return epsilon_bound(parts, delta, upper=True)
 
 
@@ -71,5 +61,3 @@ def _positive(eps_error: float) -> float:
         raise ValueError(f"eps_error must lie in (0, inf), got {eps_error!r}")
     return result
 
-
-assert Spectrum and midpoint

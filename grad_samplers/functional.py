@@ -54,6 +54,8 @@ def linear_around(
         value: the output (plus any constant), where it is known already: nothing is computed then, and no
             gradient goes to the input.
         batch_dim: the batch dimension of the input, for the capture.
+    Raises:
+        RuntimeError: if `value` is given and the weights want a gradient that nobody captures.
     """
     tensors = (weight, bias)
     if torch.overrides.has_torch_function(tensors):
@@ -61,6 +63,8 @@ def linear_around(
             linear_around, tensors, input, weight, bias, shift=shift, value=value, batch_dim=batch_dim
         )
     if value is not None:
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors):
+            raise RuntimeError("linear_around with a known value gives its weights no gradient: track or freeze them.")
         return value.reshape(*input.shape[:-1], value.shape[-1]).detach()
     if shift is not None:
         bias = shift if bias is None else bias + shift

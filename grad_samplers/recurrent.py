@@ -71,6 +71,8 @@ def recurrent(layer: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any
             f"{type(layer).__name__} was called on one sequence without a batch dimension: give its input one "
             "(input.unsqueeze(0) with batch_first=True, input.unsqueeze(1) without)."
         )
+    if torch.overrides.has_torch_function((input,)):
+        return _of_parameters_alone(layer, input, hx)
     dropout = layer.dropout if layer.training else 0.0
     stack = Stack(layer.mode, list(_native_weights(layer)), 1 + layer.bidirectional, layer.batch_first, dropout)
     if hx is None:
@@ -78,6 +80,20 @@ def recurrent(layer: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any
     else:
         layer.check_forward_args(input.data if isinstance(input, PackedSequence) else input, hx, sizes)
     return run(stack, input, hx)
+
+
+def _of_parameters_alone(layer: Any, input: Any, hx: Any) -> Any:
+    """The layer on a sequence that is itself a parameter (learned prompts): so is the output, by the built-in function."""
+    if hx is None:
+        size = layer.proj_size or layer.hidden_size
+        sizes = [size, layer.hidden_size] if layer.mode == "LSTM" else [size]
+        shape = (layer.num_layers * (1 + layer.bidirectional), input.shape[0 if layer.batch_first else 1])
+        states = [input.new_zeros(*shape, n) for n in sizes]
+        hx = states if layer.mode == "LSTM" else states[0]
+    flat = [getattr(layer, name) for name in layer._flat_weights_names]
+    options = (layer.bias, layer.num_layers, layer.dropout, layer.training, layer.bidirectional, layer.batch_first)
+    out, *last = getattr(torch._VF, layer.mode.lower())(input, hx, flat, *options)
+    return out, (tuple(last) if layer.mode == "LSTM" else last[0])
 
 
 def _native_weights(layer: Any) -> Iterator[Weights]:

@@ -130,13 +130,16 @@ class Capture:
 
     def open(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a forward as a pass of its own."""
+        recomputed = torch._C._current_graph_task_id() != -1 and self.tape.groups
+        if recomputed:  # activation checkpointing: a piece of the forward again, whose input may hold the batch anywhere
+            return self.run_pass(forward, args, kwargs, self.tape.groups[-1].batch_size)
         size = batch_size(args, kwargs, self.tape.batch_first)
         if size is None:
             raise ValueError(
                 f"{type(forward.module).__name__} was called without any tensor among its arguments, so the batch "
                 "size is unknown: pass the inputs as tensors (in tuples, lists or dicts if need be)."
             )
-        if self.before_first is not None and forward.module is self.root and torch._C._current_graph_task_id() == -1:
+        if self.before_first is not None and forward.module is self.root:
             self.before_first(forward, args, kwargs, size)
         return self.run_pass(forward, args, kwargs, size)
 

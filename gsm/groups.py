@@ -93,11 +93,11 @@ class GroupView:
             if silenced:
                 rows = torch.nonzero(own).flatten()
                 own = own[rows]
-            total = zeros_for(p)
-            for k, c in enumerate(self.group.contributions.get(id(p), ())):
+            total: Tensor | None = None
+            for c in self.group.contributions.get(id(p), ()):
                 piece = _weighted(c, own, rows, answers if weights.dim() == 1 else None)
-                total = piece if k == 0 and piece.dtype == total.dtype else total + piece
-            out.append(total)
+                total = piece if total is None else total + piece
+            out.append(zeros_for(p) if total is None else total)
         return out
 
 

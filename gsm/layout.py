@@ -47,7 +47,9 @@ BATCH_FIRST = Layout(0)
 BATCH_SECOND = Layout(1)
 
 
-def guess(shape: tuple[int, ...], batch_size: int, *, depends: bool, batch_first: bool) -> Layout | None:
+def guess(
+    shape: tuple[int, ...], batch_size: int, *, depends: bool, batch_first: bool, batch_dim: int | None = None
+) -> Layout | None:
     """The likely layout of a tensor of this shape, or None if it seems to have no batch dimension.
 
     Args:
@@ -55,10 +57,15 @@ def guess(shape: tuple[int, ...], batch_size: int, *, depends: bool, batch_first
         batch_size: samples in the physical batch.
         depends: the tensor is known to depend on the samples (it carries a gradient).
         batch_first: the convention the user stated.
+        batch_dim: what the caller, a layer that knows more than the shape, takes for the batch dimension.
     Raises:
         Unresolvable: if it depends on the samples but no dimension fits.
     """
     preferred = 0 if batch_first or len(shape) < 2 else 1
+    if batch_dim is not None:
+        preferred = batch_dim
+        if batch_size and shape[preferred] > batch_size and shape[preferred] % batch_size == 0 and depends:
+            return Layout(preferred, "major")
     if len(shape) > preferred and shape[preferred] == batch_size:
         return Layout(preferred)
     matching = [i for i, n in enumerate(shape) if n == batch_size]

@@ -101,7 +101,7 @@ def in_chunks(tensors: Sequence[Tensor], work: Callable[[int, list[Tensor]], Non
     """Cuts the entries of ``tensors`` into chunks of :data:`CHUNK` and calls ``work(i, flat_slices)`` on every one,
     on all of torch's threads. ``work`` changes the slices in place."""
     flat = [(t, t if t.is_contiguous() else t.contiguous()) for t in tensors if t.numel()]
-    chunks = list(enumerate(_chunks([dense.view(-1) for _, dense in flat])))
+    chunks = list(enumerate(_cut([dense.view(-1) for _, dense in flat], CHUNK)))
     threads = min(torch.get_num_threads(), len(chunks))
     if threads > 1:
         list(_pool(threads, os.getpid()).map(lambda job: work(*job), chunks))
@@ -113,44 +113,29 @@ def in_chunks(tensors: Sequence[Tensor], work: Callable[[int, list[Tensor]], Non
             t.copy_(dense)
 
 
-def in_blocks(
-    parts: Sequence[Tensor],
-    fill: Callable[[int], Tensor],
-    apply: Callable[[Tensor, Tensor], object],
-    block_size: int = BLOCK,
-) -> None:
-    """Walks through flat tensors, a block of values at a time: ``fill(n)`` draws ``n``, ``apply`` uses a slice of
-    them."""
-    left = sum(p.numel() for p in parts)
-    block, used = fill(min(left, block_size)), 0
-    for part in parts:
-        start = 0
-        while start < part.numel():
-            if used == block.numel():
-                block, used = fill(min(left, block_size)), 0
-            n = min(part.numel() - start, block.numel() - used)
-            apply(part[start : start + n], block[used : used + n])
-            start, used, left = start + n, used + n, left - n
+def in_blocks(parts: Sequence[Tensor], fill: Callable[[int], Tensor], block_size: int) -> Iterator[tuple[Any, Any]]:
+    """Goes through flat tensors, up to ``block_size`` entries at a time: yields a list of slices, and as many slices of
+    the same sizes with what ``fill(number of entries)`` drew."""
+    for group in _cut(parts, block_size):
+        sizes = [p.numel() for p in group]
+        yield group, fill(sum(sizes)).split(sizes)
 
 
-def _chunks(flat: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _cut(flat: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Lists of slices of flat tensors, in order, of ``size`` entries together (the last list: up to ``size``)."""
     parts: list[Tensor] = []
-    room = CHUNK
+    room = size
     for t in flat:
-        for piece in _pieces(t, room):
-            parts.append(piece)
-            room -= piece.numel()
+        start = 0
+        while start < t.numel():
+            n = min(room, t.numel() - start)
+            parts.append(t if n == t.numel() else t[start : start + n])
+            start, room = start + n, room - n
             if room == 0:
                 yield parts
-                parts, room = [], CHUNK
+                parts, room = [], size
     if parts:
         yield parts
-
-
-def _pieces(t: Tensor, room: int) -> Iterator[Tensor]:
-    yield t[:room]
-    for start in range(room, t.numel(), CHUNK):
-        yield t[start : start + CHUNK]
 
 
 def _add_chunk(key: Any, stream: int, parts: list[Tensor], std: float) -> None:
@@ -167,7 +152,8 @@ def _add_chunk(key: Any, stream: int, parts: list[Tensor], std: float) -> None:
             ziggurat.standard_normal(dtype=kind, out=buffer[:n].numpy())
             return buffer[:n]
 
-    in_blocks(parts, fill, lambda part, noise: part.add_(noise, alpha=std))
+    for group, drawn in in_blocks(parts, fill, BLOCK):
+        torch._foreach_add_(group, drawn, alpha=std)
 
 
 def _twister(words: np.ndarray[Any, Any]) -> torch.Generator:

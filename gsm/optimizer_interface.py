@@ -144,6 +144,7 @@ class OptimizerInterface(OpacusDPOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._reset()
+        self.noise.refresh()  # the copy and the original must not draw the same noise
 
     def __repr__(self) -> str:
         return (

@@ -73,9 +73,9 @@ def is_batched(active: Pass, target: Tracked, name: str, x: Tensor) -> bool:
     return x.dim() > 0 and layout_of(active, target, name, x) is not None
 
 
-def layout_of(active: Pass, target: Tracked, name: str, x: Tensor) -> Layout | None:
+def layout_of(active: Pass, target: Tracked, name: str, x: Tensor, batch_dim: int | None = None) -> Layout | None:
     try:
-        return active.layout(f"{target.gsm_name}:{name}", x)
+        return active.layout(f"{target.gsm_name}:{name}", x, batch_dim)
     except Unresolvable as error:
         raise unresolvable([target], name, f", but {error}") from None
 
@@ -131,7 +131,9 @@ def known_call(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kw
     name = func.__name__
     if any(isinstance(a, Tracked) for a in call.activations):
         return _mixed_call(active, func, args, kwargs, call, tracked)
-    layouts = [None if a is None else layout_of(active, tracked[0], name, a) for a in call.activations]
+    layouts = [
+        None if a is None else layout_of(active, tracked[0], name, a, call.batch_dim) for a in call.activations
+    ]
     if layouts[0] is None:
         if any(layouts[1:]):
             raise unresolvable(tracked, name, ", whose first input does not depend on the samples")

@@ -82,12 +82,12 @@ def grid_for(std: float, sensitivity: float, entries: int) -> float:
 
 def _add_chunk(parts: list[Tensor], scaled: float, grid: float) -> None:
     stream = NormalStream(os.urandom(16), scaled)
-
-    def apply(part: Tensor, noise: Tensor) -> None:
-        part.mul_(1.0 / grid).round_()  # exact in any float type: grid is a power of two
-        torch.mul(noise.add_(part), grid, out=part)
-
-    in_blocks(parts, stream.integers, apply, BLOCK)
+    for group, drawn in in_blocks(parts, stream.integers, BLOCK):
+        torch._foreach_mul_(group, 1.0 / grid)  # exact in any float type: grid is a power of two
+        torch._foreach_round_(group)
+        torch._foreach_add_(drawn, group)
+        for part, steps in zip(group, drawn, strict=True):
+            torch.mul(steps, grid, out=part)
 
 
 class NormalStream:

@@ -31,7 +31,7 @@ class Pass:
         self.tape, self.batch_size, self.group, self.log = tape, batch_size, group, log
         self.visits: Counter[str] = Counter()
 
-    def layout(self, site: str, x: Tensor) -> Layout | None:
+    def layout(self, site: str, x: Tensor, batch_dim: int | None = None) -> Layout | None:
         """The layout of ``x`` at this site (a parameter's name and the function that uses it)."""
         visit = self.visits[site]
         self.visits[site] = visit + 1
@@ -40,7 +40,8 @@ class Pass:
         known = self.tape.layouts.get((site, visit), Ellipsis)
         if known is not Ellipsis and _fits(known, x, self.batch_size):
             return known  # type: ignore[return-value]
-        return guess(tuple(x.shape), self.batch_size, depends=x.requires_grad, batch_first=self.tape.batch_first)
+        first = self.tape.batch_first
+        return guess(tuple(x.shape), self.batch_size, depends=x.requires_grad, batch_first=first, batch_dim=batch_dim)
 
 
 def _fits(layout: Layout | None, x: Tensor, batch_size: int) -> bool:
