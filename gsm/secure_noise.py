@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
@@ -100,8 +99,8 @@ class NormalStream:
 
     def __init__(self, key: bytes, std: float):
         self._keystream = Cipher(algorithms.AES128(key), modes.CTR(bytes(16))).encryptor()
-        self._bytes = np.empty(8 * BLOCK + 16, np.uint8)  # cryptography wants room for one more block
-        self._words = torch.from_numpy(self._bytes[: 8 * BLOCK].view(np.int64))
+        self._bytes = bytearray(8 * BLOCK + 16)  # cryptography wants room for one more block
+        self._words = torch.frombuffer(self._bytes, dtype=torch.int64, count=BLOCK)
         self._out = torch.empty(BLOCK, dtype=torch.float64)
         self._factor = -2.0 * std * std
 
