@@ -83,7 +83,7 @@ class Capture:
         self.forwards: dict[str, CapturedForward] = {}
         self._sites: list[tuple[dict[str, Any], str, Tracked]] = []
         self._inside: dict[str, list[tuple[dict[str, Any], str, Tracked]]] = {}
-        self.before_first: Callable[[CapturedForward, tuple[Any, ...], dict[str, Any], int], None] | None = None
+        self.before_first: Callable[[tuple[Any, ...], dict[str, Any], int], CapturedForward] | None = None
 
     def attach(self, runners: dict[str, Runner], subtrees: set[str], covered: set[str]) -> None:
         """Installs captured forwards, and tracks all trainable parameters.
@@ -140,8 +140,9 @@ class Capture:
                 "size is unknown: pass the inputs as tensors (in tuples, lists or dicts if need be)."
             )
         if self.before_first is not None and forward.module is self.root:
-            self.before_first(forward, args, kwargs, size)
-        return self.run_pass(forward, args, kwargs, size)
+            forward = self.before_first(args, kwargs, size)
+        assert forward.capture is not None  # perhaps another one than self: the plan may have changed
+        return forward.capture.run_pass(forward, args, kwargs, size)
 
     def run_pass(
         self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, log: Any = None

@@ -114,15 +114,18 @@ class CapturePlan:
         for p in self.trainable:
             register_tape(p, self.tape)
 
-    def _before(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
-        """On the first batch, and the first of each other kind of input: refuse what mixes samples, and probe."""
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> CapturedForward:
+        """On the first batch, and the first of each other kind of input: refuse what mixes samples, and probe.
+
+        Returns the captured forward of the root, which a change of plan replaces.
+        """
         if self.strict:
             mixing = mixing_modules(self.root)
             if mixing:
                 raise ValueError(mixing[0])
         kind = signature(args, kwargs)
         if size == 0 or kind in self.probed:
-            return
+            return self.capture.forwards[""]
         while True:
             root = self.capture.forwards[""]
             try:
@@ -131,7 +134,7 @@ class CapturePlan:
                 self._escalate(error)
             else:
                 self.probed.add(kind)
-                return
+                return root
 
     def _escalate(self, error: Unresolvable) -> None:
         """Hands the module that owns the parameter to the next rung, or the module above it."""
