@@ -44,6 +44,11 @@ class Choice:
     def saved_seconds(self) -> float:
         return self.pair_seconds - self.kept_seconds
 
+    def summary(self) -> str:
+        """The estimate behind the choice, for the plan's table."""
+        held, seconds = (self.kept_bytes, self.kept_seconds) if self.keep else (self.pair_bytes, self.pair_seconds)
+        return f"{held / 1024:.1f} KiB and {seconds * 1e6:.2f} us a sample"
+
 
 class Planner:
     """Decides per layer and shape; what it has not seen yet is kept by what is certain to be lean."""
@@ -93,8 +98,9 @@ def measure(record: Record) -> Choice:
     pair_bytes = sum(t.numel() * t.element_size() for t in tensors) / batch
     params = [p for p in vars(layer).values() if isinstance(p, Tensor)] if not isinstance(layer, nn.Module) else []
     params = params or [p for p in getattr(layer, "_parameters", {}).values() if p is not None]
-    entries = sum(p.numel() for p in params if p.requires_grad)
-    kept_bytes = float(entries * 4)
+    trainable = [p for p in params if p.requires_grad]
+    entries = sum(p.numel() for p in trainable)
+    kept_bytes = float(sum(p.numel() * max(p.element_size(), 4) for p in trainable))
     kept_seconds = 2 * kept_bytes / BYTES_PER_SECOND
     again = record.backprops.numel() / batch if isinstance(record.backprops, Tensor) else 0.0
     if record.sampler.cls is nn.Embedding:

@@ -17,7 +17,7 @@ from gsm.capture import Capture, CapturedForward, Runner
 from gsm.layers import run_sampler
 from gsm.layout import Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
-from gsm.probe import probe
+from gsm.probe import SamplesInfluenceEachOther, probe
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
 from gsm.tracked import Tracked
@@ -94,6 +94,15 @@ class CapturePlan:
             "inside the model's forward, or freeze the parameter."
         )
 
+    def described(self) -> Plan:
+        """The plan, with the reading chosen for each layer once a batch was seen."""
+        for entry in self.plan:
+            for (key, *_), choice in self.tape.planner.choices.items():
+                if self.tape.mode != "hooks" and any(str(key) == name for name in entry.parameters):
+                    entry.reading = "gradients kept" if choice.keep else "norm from the pair"
+                    entry.estimate = choice.summary()
+        return self.plan
+
     # -- before a batch ----------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
@@ -122,7 +131,7 @@ class CapturePlan:
         if self.strict:
             mixing = mixing_modules(self.root)
             if mixing:
-                raise ValueError(mixing[0])
+                raise SamplesInfluenceEachOther(mixing[0])
         kind = signature(args, kwargs)
         if size == 0 or kind in self.probed:
             return self.capture.forwards[""]

@@ -15,8 +15,9 @@ from gsm.capture import CapturedForward
 from gsm.ledger import forget_tape, register_tape
 from gsm.plan import Plan
 from gsm.planner import Planner
+from gsm.probe import SamplesInfluenceEachOther
 from gsm.tape import Tape
-from gsm.walk import CapturePlan, prepare
+from gsm.walk import CapturePlan, mixing_modules, prepare
 
 MODES = ("auto", "hooks", "ghost", "functorch", "loop")
 
@@ -37,7 +38,8 @@ class GradSampleModule(AbstractGradSampleModule):
             peak of the non-private step, estimated from what the first batch captured.
 
     Raises:
-        ValueError: for an unknown mode or reduction, a model without trainable parameters or already wrapped.
+        ValueError: for an unknown mode or reduction, a model without trainable parameters or already wrapped, or (if
+            strict) in which samples influence each other.
 
     Example:
         >>> model = GradSampleModule(nn.Linear(3, 2))
@@ -61,6 +63,8 @@ class GradSampleModule(AbstractGradSampleModule):
         memory_budget: int | None = None,
     ):
         _check(model, loss_reduction, mode)
+        if strict:
+            self.validate(model, strict=True)
         super().__init__(model, batch_first=batch_first, loss_reduction=loss_reduction)
         self.strict, self.force_functorch = strict, force_functorch
         self.mode = "functorch" if force_functorch else mode
@@ -141,7 +145,7 @@ class GradSampleModule(AbstractGradSampleModule):
         """How every trainable parameter is handled; `print(model.plan)` is a table."""
         if self._captured is None:
             raise RuntimeError("The hooks of this GradSampleModule were removed: call add_hooks() first.")
-        return self._captured.plan
+        return self._captured.described()
 
     @property
     def per_sample_gradient_norms(self) -> Tensor:
@@ -196,15 +200,17 @@ class GradSampleModule(AbstractGradSampleModule):
     @classmethod
     def is_supported(cls, module: nn.Module) -> bool:
         """Whether a module can be wrapped (everything but what :meth:`validate` complains about)."""
-        return not cls.validate(module, strict=True, raise_if_error=False)
+        return not cls.validate(module)
 
     @classmethod
-    def validate(cls, module: nn.Module, *, strict: bool = True, raise_if_error: bool = False) -> list[Exception]:
-        """What is wrong with a model: layers whose samples influence each other."""
-        from gsm.walk import mixing_modules
+    def validate(cls, module: nn.Module, *, strict: bool = False) -> list[Exception]:
+        """What is wrong with a model: layers whose samples influence each other.
 
-        errors: list[Exception] = [ValueError(text) for text in mixing_modules(module)] if strict else []
-        if errors and raise_if_error:
+        Raises:
+            SamplesInfluenceEachOther: with ``strict=True``, instead of returning it.
+        """
+        errors: list[Exception] = [SamplesInfluenceEachOther(text) for text in mixing_modules(module)]
+        if errors and strict:
             raise errors[0]
         return errors
 
