@@ -93,16 +93,16 @@ plain_course = train(
     plain,
     torch.optim.SGD(plain.parameters(), lr=0.05, momentum=0.9),
     DataLoader(train_set, batch_size=64, shuffle=True),
-    epochs=10,
+    epochs=8,
     title="ordinary",
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. The private run. One line makes the three objects private: batches become Poisson samples, each image's gradient
 #    is clipped to max_grad_norm, noise is added to the sum, an accountant keeps count. We say what we want to spend,
-#    epsilon = 3 after 30 epochs, and get the noise that this takes. Large batches pay: the sum grows, the noise hardly.
+#    epsilon = 3 after 25 epochs, and get the noise that this takes. Large batches pay: the sum grows, the noise hardly.
 
-EPOCHS, TARGET_EPSILON = 30, 3.0
+EPOCHS, TARGET_EPSILON = 25, 3.0
 
 torch.manual_seed(1)
 model = make_model()
