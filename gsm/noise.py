@@ -79,11 +79,9 @@ class GaussianNoise:
                     t.add_(torch.empty_like(t).normal_(generator=generator), alpha=std)
 
     def _add_few(self, tensors: Sequence[Tensor], std: float) -> None:
-        for dtype in dict.fromkeys(t.dtype for t in tensors):
-            same = [t for t in tensors if t.dtype == dtype]
-            block = torch.empty(sum(t.numel() for t in same), dtype=dtype).normal_(generator=self.generator)
-            pieces = block.split([t.numel() for t in same])
-            torch._foreach_add_(same, [p.view(t.shape) for p, t in zip(pieces, same, strict=True)], alpha=std)
+        # One draw per tensor, in order: with the same seed the same noise as Opacus's.
+        drawn = [torch.empty_like(t).normal_(0.0, std, generator=self.generator) for t in tensors]
+        torch._foreach_add_(list(tensors), drawn)
 
     def _on_cpu(self) -> bool:
         return self.generator is None or self.generator.device.type == "cpu"

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from opacus.optimizers.optimizer import _generate_noise
 from scipy import stats
 
 from gsm import noise
@@ -79,6 +80,14 @@ def test_manual_seed_reaches_the_default_generator():
         one = draw(shapes, part=GaussianNoise())
         torch.manual_seed(7)
         assert torch.equal(one, draw(shapes, part=GaussianNoise()))
+
+
+def test_few_entries_get_the_noise_that_opacus_would_give_them():
+    tensors = [torch.zeros(s) for s in SMALL]
+    GaussianNoise(torch.Generator().manual_seed(9)).add_(tensors, 2.5, 1.0)
+    generator = torch.Generator().manual_seed(9)
+    for t in tensors:
+        assert torch.equal(t, _generate_noise(2.5, t, generator=generator))
 
 
 @pytest.mark.parametrize("shapes", [SMALL, LARGE], ids=["small", "large"])
