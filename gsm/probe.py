@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from gsm.capture import Capture, CapturedForward, tensors_in
 from gsm.layout import Layout
@@ -24,8 +25,11 @@ _SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 _UNKNOWN = object()
 
 
-class SamplesInfluenceEachOther(ValueError):
-    """What one sample's gradient is depends on its neighbours, so no bound on one record's influence would hold."""
+class SamplesInfluenceEachOther(ValueError, NotImplementedError):
+    """What one sample's gradient is depends on its neighbours, so no bound on one record's influence would hold.
+
+    Also the NotImplementedError that Opacus raises for such layers.
+    """
 
 
 class NoDropout(TorchFunctionMode):
@@ -47,15 +51,21 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """No dropout inside; random state and buffers as before afterwards."""
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
+    hidden = [(m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
     devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
     try:
         for m in dropouts:
             m.training = False
+        for m, _ in hidden:
+            m.dropout = 0.0
         with torch.random.fork_rng(devices=devices), NoDropout():
             yield
     finally:
         for m in dropouts:
             m.training = True
+        for m, p in hidden:
+            m.dropout = p
         with torch.no_grad():
             for b, before in buffers:
                 if b.shape == before.shape:
@@ -88,12 +98,16 @@ def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
 def resized(value: Any, size: int, new: int, batch_first: bool) -> Any:
     """The arguments with ``new`` samples in place of ``size``: repeated, and changed where a repeat would be the same."""
 
-    def pick(x: Tensor) -> Tensor:
-        if x.dim() == 0 or size not in x.shape:
+    def pick(x: Any, dim: int | None = None) -> Any:
+        if isinstance(x, PackedSequence):
+            padded, lengths = pad_packed_sequence(x)
+            return pack_padded_sequence(pick(padded, 1), pick(lengths), enforce_sorted=x.sorted_indices is None)
+        if not isinstance(x, Tensor) or x.dim() == 0 or size not in x.shape:
             return x
-        preferred = 0 if batch_first or x.dim() < 2 else 1
-        dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
-        out = x.index_select(dim, torch.arange(new, device=x.device) % size)
+        if dim is None:
+            preferred = 0 if batch_first or x.dim() < 2 else 1
+            dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
+        out = x.index_select(dim, torch.arange(new, device=x.device).clamp(max=size - 1))
         if new > size:  # mirrored copies differ from the originals, so that mixing shows
             rest = out.narrow(dim, size, new - size)
             last = x.dim() - 1
@@ -101,7 +115,7 @@ def resized(value: Any, size: int, new: int, batch_first: bool) -> Any:
                 out = torch.cat([out.narrow(dim, 0, size), rest.flip(last)], dim)
         return out.detach().requires_grad_(x.requires_grad) if x.is_floating_point() else out
 
-    return tree_map_only(Tensor, pick, value)
+    return tree_map(pick, value, is_leaf=lambda x: isinstance(x, PackedSequence))
 
 
 def probe(capture: Capture, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:

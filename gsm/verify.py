@@ -86,10 +86,10 @@ def _deterministic_copy(model: Any, report: VerificationReport) -> nn.Module:
     for path, module in plain.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             module.training = False
-            off.append(path)
-        if isinstance(module, nn.RNNBase) and module.training and module.dropout > 0:
+            off.append(path or "the model")
+        if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and module.training and module.dropout > 0:
             module.dropout = 0.0
-            off.append(path)
+            off.append(path or "the model")
     if off:
         report.notes.append(f"dropout was off: {', '.join(off[:5])}{' ...' if len(off) > 5 else ''}")
     return plain
@@ -122,8 +122,10 @@ def _verify(
         return
     mixing = influence(plain, batch, report.rtol, alone[0])
     report.problems += mixing or alone_differs(together, alone, report.rtol)
-    loss = users_loss(user) if user else own_loss(together, alone[0], batch.size, reduction or "mean")
+    loss = users_loss(user) if user else own_loss(together, alone[0], reduction or "mean")
     found = _reduction(report, loss, together, alone, rows, reduction)
+    if found is None:
+        return
     truth = _loop(plain, batch, loss, rows)
     for mode in report.modes:
         _compare(report, plain, batch, loss, truth, mode, {**settings, "loss_reduction": found})
@@ -141,14 +143,15 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _reduction(
     report: VerificationReport, loss: Loss, together: Any, alone: list[Any], rows: Tensor, wanted: str | None
-) -> str:
-    """How the loss combines the samples' own losses; a problem if it does not."""
+) -> str | None:
+    """How the loss combines the samples' own losses: "mean" or "sum"; None, and a problem, if it is not as wanted."""
     try:
         own = torch.stack([loss(out, rows[i : i + 1]).detach().double() for i, out in enumerate(alone)])
     except Exception as error:
         raise ValueError(
             f"loss failed on the output of one sample alone ({type(error).__name__}: {error}). If it holds the "
-            "targets of the whole batch, let it take the samples' indices: loss=lambda out, rows: criterion(out, targets[rows])."
+            "targets of the whole batch, let it take the samples' indices too: "
+            "loss=lambda out, rows: criterion(out, targets[rows])."
         ) from error
     value = loss(together, rows).detach().double()
     fits = {"mean": own.mean(), "sum": own.sum()}
@@ -164,10 +167,11 @@ def _reduction(
     else:
         report.problems.append(
             f"The loss of the batch ({value:.6g}) is neither the mean ({fits['mean']:.6g}) nor the sum "
-            f"({fits['sum']:.6g}) of the samples' own losses, so one sample's share depends on the others. Padding or class weights counted "
-            "over the whole batch do that: average within each sample first, then over the samples."
+            f"({fits['sum']:.6g}) of the samples' own losses, so one sample's share depends on the others. "
+            "Padding or class weights counted over the whole batch do that: average within each sample first, then "
+            "over the samples."
         )
-    return wanted or "mean"
+    return None
 
 
 def _loop(plain: nn.Module, batch: Inputs, loss: Loss, rows: Tensor) -> dict[str, Tensor]:
@@ -200,7 +204,7 @@ def _compare(
         weights = torch.linspace(0.5, 1.5, batch.size, device=norms.device)
         sums = captured.weighted_sum(weights)
     except Exception as error:
-        report.problems.append(f"mode {mode!r} refuses the model: {type(error).__name__}: {error}")
+        report.refused(mode, error)
         return
     lengths = {n: g.flatten(1).norm(dim=1) for n, g in truth.items()}
     whole = torch.stack(list(lengths.values())).norm(dim=0).max()

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gsm.probe import SamplesInfluenceEachOther
+
 
 @dataclass(frozen=True)
 class Check:
@@ -63,6 +65,13 @@ class VerificationReport:
                 f"{parameter} ({handled}), mode {mode!r}: {_WRONG[reading]}{which}, relative error {worst:.2g} "
                 f"(allowed {self.rtol:g})."
             )
+
+    def refused(self, mode: str, error: Exception) -> None:
+        """Adds that the library itself does not take the model, unless that only repeats what is known already."""
+        text = f"{type(error).__name__}: {error}"
+        known = isinstance(error, SamplesInfluenceEachOther) and self.problems
+        if not known and not any(p.endswith(text) for p in self.problems):
+            self.problems.append(f"mode {mode!r} refuses the model: {text}")
 
     def __str__(self) -> str:
         verdict = "OK" if self.ok else "NOT OK"

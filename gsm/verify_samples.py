@@ -71,7 +71,7 @@ class Inputs:
         return model(*self.args, **self.kwargs)
 
 
-def own_loss(together: Any, alone: Any, size: int, reduction: str) -> Loss:
+def own_loss(together: Any, alone: Any, reduction: str) -> Loss:
     """A loss that exercises every number of an output that depends on a sample.
 
     Each is multiplied by a fixed random number that depends on its place within its sample, so the sum over a batch is
@@ -80,6 +80,7 @@ def own_loss(together: Any, alone: Any, size: int, reduction: str) -> Loss:
 
     Args:
         together, alone: the model's outputs for the batch and for one sample of it.
+        reduction: "mean" or "sum" over the samples.
     """
     weights: list[Tensor | None] = []
     for k, (x, y) in enumerate(zip(tensors_in(together), tensors_in(alone), strict=True)):
