@@ -71,7 +71,7 @@ def recurrent(layer: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any
             f"{type(layer).__name__} was called on one sequence without a batch dimension: give its input one "
             "(input.unsqueeze(0) with batch_first=True, input.unsqueeze(1) without)."
         )
-    if torch.overrides.has_torch_function((input,)):
+    if _is_followed(input):
         return _of_parameters_alone(layer, input, hx)
     dropout = layer.dropout if layer.training else 0.0
     stack = Stack(layer.mode, list(_native_weights(layer)), 1 + layer.bidirectional, layer.batch_first, dropout)
@@ -82,8 +82,13 @@ def recurrent(layer: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any
     return run(stack, input, hx)
 
 
+def _is_followed(x: Any) -> bool:
+    """Whether `x` is a parameter whose uses are followed, or a function of such alone: a tensor of another class."""
+    return isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter)
+
+
 def _of_parameters_alone(layer: Any, input: Any, hx: Any) -> Any:
-    """The layer on a sequence that is itself a parameter (learned prompts): so is the output, by the built-in function."""
+    """The layer on a sequence that is itself a parameter (learned prompts): so is what the built-in function gives."""
     if hx is None:
         size = layer.proj_size or layer.hidden_size
         sizes = [size, layer.hidden_size] if layer.mode == "LSTM" else [size]
@@ -163,7 +168,7 @@ def _first_states(stack: Stack, x: Tensor, hx: Any) -> list[Tensor]:
         zeros = x.new_zeros(len(stack.weights), x.shape[1], size)
         if state is None:
             state = zeros
-        elif torch.overrides.has_torch_function((state,)):
+        elif _is_followed(state):
             state = zeros + state  # a parameter itself: one copy per sample
         states.append(state)
     return states

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from gsm.functions import Poison
@@ -177,11 +177,13 @@ def _released(out: Any, tape: Tape) -> Any:
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
-    """All tensors in nested arguments, in order."""
+    """All tensors in nested arguments, in order; packed sequences padded."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
             found.append(value)
+        elif isinstance(value, PackedSequence):  # its own tensors have no batch dimension, or depend on all lengths
+            found.append(pad_packed_sequence(value)[0])
         elif isinstance(value, (tuple, list)):
             found += tensors_in(*value)
         elif isinstance(value, dict) or hasattr(value, "items"):

@@ -53,10 +53,10 @@ def compare(layer: nn.Module, x, states: list[torch.Tensor], wrt: list[torch.Ten
     weights = [torch.randn_like(t) for t in tensors(theirs)]
     for got, want in zip(tensors(mine), tensors(theirs), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
-    found = [
-        torch.autograd.grad(sum((t * w).sum() for t, w in zip(tensors(out), weights, strict=True)), wrt, retain_graph=True)
-        for out in (mine, theirs)
-    ]
+    found = []
+    for out in (mine, theirs):
+        total = sum((t * w).sum() for t, w in zip(tensors(out), weights, strict=True))
+        found.append(torch.autograd.grad(total, wrt, retain_graph=True))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
     return mine, theirs

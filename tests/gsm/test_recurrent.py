@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from gsm.wrapper import GradSampleModule
@@ -136,13 +136,14 @@ def test_opacus_layers(name, packed):
 
 
 def test_opacus_layer_with_dropout_on_the_states():
-    """In every step the same entries of each sample are dropped: seeded, it is the loop's own draw for a batch of one."""
+    """For one layer and one sample the seed draws the same in Opacus's own forward."""
     from opacus.layers import DPGRU
 
     model = DPGRU(3, 4, batch_first=True, dropout=0.5).double()
-    x = torch.randn(1, 6, 3, dtype=torch.float64)
     gsm = GradSampleModule(copy.deepcopy(model), loss_reduction="sum")
+    x = torch.randn(1, 6, 3, dtype=torch.float64)
     gsm(x)  # the probe before the first batch is over
+    gsm.set_grad_sample_to_none()
     torch.manual_seed(3)
     gsm(x)[0].sum().backward()
     found = {n: p.grad_sample for n, p in gsm._module.named_parameters()}
@@ -265,7 +266,12 @@ def test_a_packed_sequence_as_the_model_input():
         return projection_loss([t.transpose(0, 1) for t in out[1]])
 
     expected = per_sample_loop(
-        rnn, (), select=lambda _, i: pack_padded_sequence(x[: lengths[i], i : i + 1], [lengths[i]]), size=4, loss=loss
+        lambda *parts: rnn(PackedSequence(*parts)),
+        x,
+        params=dict(rnn.named_parameters()),
+        select=lambda _, i: pack_padded_sequence(x[: lengths[i], i : i + 1], [lengths[i]]),
+        size=4,
+        loss=loss,
     )
     check(rnn, (pack_padded_sequence(x, lengths, enforce_sorted=False),), expected, loss=loss)
 
