@@ -146,13 +146,13 @@ axes.plot(spent, [100 * a for a in reached], marker="o", markersize=4, linewidth
 axes.annotate(
     f"{private_accuracy:.1%} at ε = {epsilon:.2f}",
     (epsilon, 100 * private_accuracy),
-    xytext=(0, -18),
+    xytext=(0, -24),
     textcoords="offset points",
     ha="right",
     color="#1f6fb4",
 )
 axes.set(
-    xlabel=f"privacy spent, ε  (δ = {DELTA:g}; one dot per epoch)",
+    xlabel="privacy spent, ε  (δ = 10$^{-5}$; one dot per epoch)",
     ylabel="test accuracy, %",
     title="4,000 handwritten digits: accuracy against privacy",
     xlim=(0, TARGET_EPSILON * 1.04),
