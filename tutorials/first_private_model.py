@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from gsm.private_training import make_private
+from gsm import make_private
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
