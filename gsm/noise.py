@@ -66,6 +66,7 @@ class GaussianNoise:
     def add_(self, tensors: Sequence[Tensor], std: float, sensitivity: float) -> None:
         if std == 0 or not tensors:
             return
+        check_dtypes(tensors)
         host = [t for t in tensors if t.device.type == "cpu"]
         if len(host) == len(tensors) and sum(t.numel() for t in host) <= BLOCK and self._on_cpu():
             return self._add_few(host, std)
@@ -93,6 +94,13 @@ class GaussianNoise:
 
     def __repr__(self) -> str:
         return f"GaussianNoise(generator={self.generator})"
+
+
+def check_dtypes(tensors: Sequence[Tensor]) -> None:
+    """Raises TypeError for sums in low precision: their rounding would undo what the noise hides."""
+    for t in tensors:
+        if t.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"Noise is added in float32 or float64, got a sum in {t.dtype}: sum in float32 or better.")
 
 
 def in_chunks(tensors: Sequence[Tensor], work: Callable[[int, list[Tensor]], None]) -> None:

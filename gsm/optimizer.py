@@ -6,7 +6,6 @@ happens. Clipping (:mod:`gsm.clipping`) and noise (:mod:`gsm.noise`) are parts h
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,7 +98,6 @@ class DPOptimizer(OptimizerInterface):
         #: can hold the same record unless the loader says, with signal_skip_step, that they are parts of one sample.
         self.independent_batches = False
         self._init_hooks()
-        self._warned: set[str] = set()
         self.clipping.validate(self.noise_multiplier, expected_batch_size, len(self.params))
         self._reset()
         for p in self.params:
@@ -178,7 +176,8 @@ class DPOptimizer(OptimizerInterface):
     def virtual_step(self, *, loss: Tensor | None = None) -> None:
         """Clips this physical batch and adds it to the pending sum; releases nothing, charges nothing.
 
-        The physical batches between two releases must hold different records (parts of one logical batch).
+        The physical batches between two releases must hold different records (parts of one logical batch). A loop
+        that gives a logical batch up half-way calls :meth:`discard_pending` before it starts another.
 
         Args:
             loss: one entry per sample; if given, the backward pass is run here.
@@ -235,7 +234,7 @@ class DPOptimizer(OptimizerInterface):
             self._remember_released()
         return result
 
-    # lr_scheduler and torch wrap a step that is not marked; hooks are run above, only where there is an update.
+    # torch would wrap an unmarked step to run its hooks; they are run above, only where there is an update.
     step.hooked = True  # type: ignore[attr-defined]
 
     def pre_step(self, closure: Callable[[], Any] | None = None) -> bool:  # type: ignore[override]
@@ -331,11 +330,6 @@ class DPOptimizer(OptimizerInterface):
             self._pending = PendingRelease()
         for p in self.params:
             p.summed_grad = None  # type: ignore[attr-defined]
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=4)
 
 
 def _make_clipping(clipping: str | Clipping, max_grad_norm: float | Sequence[float]) -> Clipping:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -37,9 +38,15 @@ class OptimizerInterface(OpacusDPOptimizer):
         raise NotImplementedError
 
     def _init_hooks(self) -> None:
+        self._warned: set[str] = set()
         self.step_hooks: list[Callable[[Any], None]] = []
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=4)
 
     # -- settings ------------------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
 
-from gsm.noise import in_blocks, in_chunks
+from gsm.noise import check_dtypes, in_blocks, in_chunks
 
 # Values per vectorised operation: scratch arrays stay in the L2 cache, and torch starts no threads of its own.
 BLOCK = 1 << 15
@@ -61,6 +61,7 @@ class SecureNoise:
         entries = sum(t.numel() for t in tensors)
         if std == 0 or not entries:
             return
+        check_dtypes(tensors)
         grid = grid_for(std, sensitivity, entries)
         scaled = std * (1 + _SLACK) / grid
         host = [t.cpu() for t in tensors]

@@ -11,6 +11,7 @@ from scipy import stats
 
 from gsm import noise
 from gsm.noise import BLOCK, CHUNK, GaussianNoise
+from gsm.secure_noise import SecureNoise
 
 
 @pytest.fixture
@@ -111,6 +112,14 @@ def test_refresh_is_different_every_time():
 def test_zero_deviation_and_no_tensors_change_nothing():
     assert (draw(SMALL, std=0.0) == 0).all()
     GaussianNoise().add_([], 1.0, 1.0)
+
+
+@pytest.mark.parametrize("part", [GaussianNoise, SecureNoise])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("entries", [3, BLOCK + 1])
+def test_a_sum_in_low_precision_is_refused_not_left_without_noise(part, dtype, entries):
+    with pytest.raises(TypeError, match="float32 or float64, got a sum in torch"):
+        part().add_([torch.zeros(2), torch.zeros(entries, dtype=dtype)], 1.0, 1.0)
 
 
 def test_the_twisters_state_is_where_torch_keeps_it():
