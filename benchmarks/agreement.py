@@ -21,7 +21,7 @@ from benchmarks.workloads import Problem, Workload
 
 @dataclass
 class Agreement:
-    """One cell: the relative error of the update (l2, all parameters together), why there is none (or none in float64)."""
+    """One cell: the relative error of the update (l2, all parameters), and why there is none, or none in float64."""
 
     workload: str
     column: str
@@ -56,7 +56,7 @@ def _error(column: str, workload: Workload, dtype: str) -> float:
     trainer.step()
     got, want = _trained(trainer.model) - before, expected_update(problem)
     if [n for n, _ in trainer.model.named_parameters()] != [n for n, _ in problem.model.named_parameters()]:
-        got, want = got.sort().values, want.sort().values  # a replaced layer (DPLSTM) keeps its weights in another order
+        got, want = got.sort().values, want.sort().values  # DPLSTM keeps its weights in another order
     return float((got - want).norm() / want.norm())
 
 

@@ -1,8 +1,8 @@
 """Who trains it: one function per kind of step, from a problem to something that can be called again and again.
 
-Every call of a :class:`Step` is the body of the user's loop: forward, loss, backward, optimizer step, zero_grad. The last
-stands at the end rather than at the beginning, so that nothing is left behind for whoever runs next, and the time to
-give the memory back is paid by whoever took it.
+Every call of a :class:`Step` is the body of the user's loop: forward, loss, backward, optimizer step, zero_grad. The
+last stands at the end rather than at the beginning, so that nothing is left behind for whoever runs next, and the time
+to give the memory back is paid by whoever took it.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def opake(problem: Problem, noise: float) -> Trainer:
     def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return problem.loss(torch.func.functional_call(model, params, (x.unsqueeze(0),)), y.unsqueeze(0))
 
-    gradients, clip_state = clipped_grad(loss, clipping_norm=CLIP, batch_argnums=(1, 2), normalize_by=len(problem.targets))
+    count = len(problem.targets)
+    gradients, clip_state = clipped_grad(loss, clipping_norm=CLIP, batch_argnums=(1, 2), normalize_by=count)
     add_noise, noise_state = gaussian_noise(noise_multiplier=noise, key=key(0)) if noise else (None, None)
 
     def step() -> None:

@@ -50,7 +50,9 @@ def resident() -> tuple[int, int]:
         return peak, peak
 
 
-def measure(workload: str, column: str, size: str, device: str, dtype: str, threads: int) -> Memory:
+def measure(
+    workload: str, column: str, size: str, device: str, dtype: str, threads: int, changes: dict[str, Any]
+) -> Memory:
     """Runs in the fresh process."""
     torch.set_num_threads(threads)
     row = WORKLOADS[workload]
@@ -60,7 +62,7 @@ def measure(workload: str, column: str, size: str, device: str, dtype: str, thre
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         before = 0 if cuda else resident()[1]
-        step = make(column, row.problem(size, device=device, dtype=dtype)).step
+        step = make(column, row.problem(size, device=device, dtype=dtype, **changes)).step
         for _ in range(STEPS):
             step()
         peak = torch.cuda.max_memory_allocated() if cuda else resident()[0]
@@ -70,7 +72,13 @@ def measure(workload: str, column: str, size: str, device: str, dtype: str, thre
 
 
 def measure_columns(
-    workload: str, columns: Sequence[str], *, size: str = "full", device: str = "cpu", dtype: str = "float32"
+    workload: str,
+    columns: Sequence[str],
+    *,
+    size: str = "full",
+    device: str = "cpu",
+    dtype: str = "float32",
+    **changes: Any,
 ) -> list[Memory]:
     """Peak memory of each column on one workload, each measured in a fresh process."""
     context = multiprocessing.get_context("forkserver")  # starts from imports alone: nothing was computed in it
@@ -78,7 +86,7 @@ def measure_columns(
     out = []
     for column in columns:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            job = pool.submit(measure, workload, column, size, device, dtype, torch.get_num_threads())
+            job = pool.submit(measure, workload, column, size, device, dtype, torch.get_num_threads(), changes)
             try:
                 out.append(job.result())
             except BrokenProcessPool:

@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids `[B, T]` to logits: `[B, classes]` of the mean over positions, or `[B, T, vocab]` without ``classes``."""
+    """Token ids `[B, T]` to logits: `[B, classes]` of the mean over positions, or `[B, T, vocab]` if none."""
 
     def __init__(self, *, vocab: int, width: int, layers: int, positions: int, heads: int, classes: int | None = None):
         super().__init__()
@@ -63,7 +63,8 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, vocab if classes is None else classes)
 
     def forward(self, ids: Tensor) -> Tensor:
-        places = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)  # Opacus's ghost norm needs them dense
+        # One dense row of places per sample: Opacus's ghost norm of an embedding takes nothing else.
+        places = torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)
         x = self.norm(self.blocks(self.token(ids) + self.position(places)))
         return self.head(x if self.classes is None else x.mean(1))
 
@@ -74,7 +75,8 @@ class LowRank(nn.Module):
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
         self.base = base.requires_grad_(False)
-        self.down, self.up = nn.Linear(base.in_features, rank, bias=False), nn.Linear(rank, base.out_features, bias=False)
+        self.down = nn.Linear(base.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, base.out_features, bias=False)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ class Residual(nn.Module):
         super().__init__()
         if bottleneck:
             c = b // 4
-            parts = [conv(a, c, 1), norm(c), nn.ReLU(), conv(c, c, 3, stride), norm(c), nn.ReLU(), conv(c, b, 1), norm(b)]
+            parts = [conv(a, c, 1), norm(c), nn.ReLU(), conv(c, c, 3, stride), norm(c), nn.ReLU()]
+            parts += [conv(c, b, 1), norm(b)]
         else:
             parts = [conv(a, b, 3, stride), norm(b), nn.ReLU(), conv(b, b, 3), norm(b)]
         self.body = nn.Sequential(*parts)

@@ -50,8 +50,8 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 def seconds(step: Step, device: str, clock: str = "wall") -> float:
     """Time of one call, to the end of what it started on the device.
 
-    ``clock="cpu"`` is the processor time of this process, over all its threads: with one thread it is what the wall clock
-    would say on an idle machine, also on a busy one.
+    ``clock="cpu"`` is the processor time of this process, over all its threads: with one thread it is what the wall
+    clock would say on an idle machine, also on a busy one.
     """
     start = CLOCKS[clock]()
     step()
@@ -113,7 +113,8 @@ def time_columns(
 
 
 def _fill(result: Timing, base: Step, step: Step, pairs: int, budget: float, device: str, clock: str) -> None:
-    plain, private = [], []
+    plain: list[float] = []
+    private: list[float] = []
     start = time.perf_counter()
     while len(plain) < pairs and (len(plain) < 2 or time.perf_counter() - start < budget):
         plain.append(seconds(base, device, clock))

@@ -46,7 +46,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the table. ``make(**size)`` builds the problem; it may raise ImportError where a package is missing."""
+    """One row of the table. ``make(**size)`` builds the problem, or raises ImportError."""
 
     name: str
     title: str
@@ -127,7 +127,8 @@ CPU = [
     Workload("narrow", "50 layers of width 64, B=64", _mlp,
              {"widths": (64,) * 50 + (10,), "batch": 64}, {"widths": (8,) * 12 + (10,), "batch": 4}),
     Workload("mnist", "Opacus's MNIST net, B=256", _mnist, {"channels": 16, "batch": 256}, {"channels": 4, "batch": 4}),
-    Workload("resnet", "ResNet with GroupNorm, 32x32, B=32", _resnet, {"width": 32, "batch": 32}, {"width": 8, "batch": 3}),
+    Workload("resnet", "ResNet with GroupNorm, 32x32, B=32", _resnet,
+             {"width": 32, "batch": 32}, {"width": 8, "batch": 3}),
     Workload("classifier", "Transformer classifier, 4 layers d=256, T=128, B=16", _classifier,
              {"layers": 4, "width": 256, "length": 128, "batch": 16},
              {"layers": 1, "width": 16, "length": 6, "batch": 4, "vocab": 30}),
