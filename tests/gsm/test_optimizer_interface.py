@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from gsm.clipping import FlatClipping
 from gsm.optimizer import DPOptimizer
 from tests.gsm.optimizer_tools import Spy, clipped_sum, deliver, gradients, parameters, private
 
@@ -320,46 +319,6 @@ def test_new_parameters_join_between_logical_batches_only():
     optimizer.add_param_group({"params": extra})
     release(optimizer, [*params, *extra])
     assert (extra[0] != 0).all()
-
-
-# -- settings ----------------------------------------------------------------------------------------------------------
-
-GOOD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": 4}
-
-
-@pytest.mark.parametrize(
-    "options, error, message",
-    [
-        ({"expected_batch_size": None}, ValueError, "expected_batch_size"),
-        ({"expected_batch_size": 0}, ValueError, "expected_batch_size must be positive"),
-        ({"loss_reduction": "none"}, ValueError, "loss_reduction: 'none'"),
-        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be positive"),
-        ({"max_grad_norm": float("inf")}, ValueError, "max_grad_norm must be positive and finite"),
-        ({"max_grad_norm": [1.0, 1.0]}, ValueError, 'clipping="per_layer"'),
-        ({"max_grad_norm": [1.0], "clipping": "per_layer"}, ValueError, "list of 1 bounds.*3 trainable"),
-        ({"clipping": "ghost"}, ValueError, "Unknown clipping 'ghost'.*adaptive.*flat"),
-        ({"clipping": FlatClipping}, TypeError, "clipping is a name or"),
-        ({"generator": 7}, TypeError, "torch.Generator, got int"),
-        ({"generator": torch.Generator(), "secure_mode": True}, ValueError, "predicted"),
-        ({"noise": Spy(), "secure_mode": True}, ValueError, "its own randomness"),
-    ],
-)
-def test_settings_without_meaning_are_refused_by_name(options, error, message):
-    with pytest.raises(error, match=message):
-        DPOptimizer(torch.optim.SGD(parameters(), lr=0.1), **(GOOD | options))
-
-
-def test_only_optimizers_are_wrapped_and_only_once():
-    with pytest.raises(TypeError, match="wraps a torch.optim.Optimizer, got list"):
-        DPOptimizer(parameters(), **GOOD)
-    with pytest.raises(ValueError, match="private already"):
-        DPOptimizer(private(parameters()), **GOOD)
-
-
-def test_a_part_handed_in_takes_the_optimizers_bound():
-    part = FlatClipping(5.0)
-    optimizer = private(parameters(), max_grad_norm=2.0, clipping=part)
-    assert optimizer.clipping is part and part.max_grad_norm == 2.0
 
 
 def test_opacus_has_no_public_method_that_we_lack():

@@ -1,0 +1,220 @@
+"""A record contributes at most once and at most the bound, whatever was cut, interrupted or left over."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.gsm.optimizer_tools import Spy, clipped_sum, deliver, gradients, parameters, private
+
+BATCH = 6
+
+
+def released(params):
+    return [p.grad for p in params]
+
+
+def assert_same(actual, expected, rtol=1e-10):
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-12)
+
+
+@pytest.mark.parametrize("cut", [[2, 4], [1, 1, 1, 1, 1, 1], [0, 6], [6, 0]])
+@pytest.mark.parametrize("signalled", [False, True])
+@pytest.mark.parametrize("zero_between", [False, True])
+def test_a_logical_batch_in_pieces_is_the_same_release(cut, signalled, zero_between):
+    params, spy = parameters(), Spy()
+    grads = gradients(params, BATCH)
+    optimizer = private(params, expected_batch_size=BATCH)
+    optimizer.accountant, optimizer.sample_rate = spy, 0.1
+    for i, pieces in enumerate(zip(*(g.split(cut) for g in grads), strict=True)):
+        last = i == len(cut) - 1
+        if signalled:
+            optimizer.signal_skip_step(not last)
+        deliver(params, pieces)
+        optimizer.step() if signalled or last else optimizer.virtual_step()
+        if not last:
+            assert spy.charges == [] and all((p == 0).all() for p in params)
+            if zero_between or signalled:
+                optimizer.zero_grad()
+    assert_same(released(params), [total / BATCH for total in clipped_sum(grads)])
+    assert spy.charges == [(0.0, 0.1)]
+
+
+def test_two_releases_do_not_share_records():
+    params = parameters()
+    optimizer = private(params)
+    for seed in (1, 2):
+        optimizer.zero_grad()
+        grads = gradients(params, BATCH, seed=seed)
+        deliver(params, grads)
+        optimizer.step()
+        assert_same(released(params), clipped_sum(grads))
+
+
+def test_after_virtual_steps_alone_step_releases_the_sum():
+    params = parameters()
+    optimizer = private(params)
+    grads = gradients(params, BATCH)
+    deliver(params, grads)
+    optimizer.virtual_step()
+    optimizer.step()
+    assert_same(released(params), clipped_sum(grads))
+    optimizer.zero_grad()
+    with pytest.raises(ValueError, match="No per-sample gradients"):
+        optimizer.step()
+
+
+def test_backward_passes_that_nothing_joined_add_their_bounds():
+    """They may be two losses of the same records, so one record may be in both."""
+    params, spy = parameters(), Spy()
+    optimizer = private(params, noise_multiplier=1.0, max_grad_norm=2.0, noise=spy)
+    optimizer.accountant, optimizer.sample_rate = spy, 0.3
+    grads = [gradients(params, BATCH, seed=s) for s in range(4)]
+    for g in grads:
+        deliver(params, g)
+    assert optimizer.accumulated_iterations == 4
+    with pytest.warns(UserWarning, match="4 backward passes.*virtual_step"):
+        optimizer.step()
+    assert spy.sensitivities == [8.0] and spy.stds == [8.0] and spy.charges == [(1.0, 1.0)]
+    expected = [sum(totals) / 4 for totals in zip(*(clipped_sum(g, 2.0) for g in grads), strict=True)]
+    assert_same(released(params), expected)  # the mean over the batches, as in Opacus
+
+
+def test_independent_samples_joined_by_virtual_step_add_their_bounds():
+    params, spy = parameters(), Spy()
+    optimizer = private(params, noise_multiplier=1.0, noise=spy)
+    optimizer.accountant, optimizer.sample_rate = spy, 0.1
+    optimizer.independent_batches = True
+    with pytest.warns(UserWarning, match="Poisson"):
+        for step in (optimizer.virtual_step, optimizer.virtual_step, optimizer.step):
+            deliver(params, gradients(params, BATCH))
+            step()
+    assert spy.sensitivities == [3.0] and spy.charges == [(1.0, pytest.approx(0.3))]
+
+
+def test_parts_that_the_loader_announces_are_one_sample_even_then():
+    params, spy = parameters(), Spy()
+    optimizer = private(params, noise_multiplier=1.0, noise=spy)
+    optimizer.independent_batches = True
+    for skip in (True, True, False):
+        optimizer.signal_skip_step(skip)
+        deliver(params, gradients(params, BATCH))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert spy.sensitivities == [1.0]
+
+
+def test_an_exception_between_backward_and_step_leaves_nothing_behind():
+    params = parameters()
+    optimizer = private(params)
+    deliver(params, gradients(params, BATCH, seed=1))  # ... and the loop dies here
+    optimizer.zero_grad()
+    fresh = gradients(params, BATCH, seed=2)
+    deliver(params, fresh)
+    optimizer.step()
+    assert_same(released(params), clipped_sum(fresh))
+
+
+@pytest.mark.parametrize("broken", ["accountant", "noise", "hook", "inner"])
+def test_whatever_fails_inside_a_release_its_records_are_not_released_again(broken, monkeypatch):
+    params, spy = parameters(), Spy()
+    optimizer = private(params, noise_multiplier=1.0, noise=Spy())
+    optimizer.accountant, optimizer.sample_rate = spy, 0.1
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    owner, name = {
+        "accountant": (spy, "step"),
+        "noise": (optimizer.noise, "add_"),
+        "hook": (optimizer, "step_hooks"),
+        "inner": (optimizer.original_optimizer, "step"),
+    }[broken]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, [fail] if broken == "hook" else fail)
+        deliver(params, gradients(params, BATCH, seed=1))
+        with pytest.raises(OSError):
+            optimizer.step()
+    assert len(spy.charges) == (broken != "accountant")  # never released without a charge
+    optimizer.zero_grad()
+    fresh = gradients(params, BATCH, seed=2)
+    deliver(params, fresh)
+    optimizer.step()
+    assert_same(released(params), clipped_sum(fresh))
+
+
+def test_clipping_that_fails_half_way_adds_nothing(monkeypatch):
+    params = parameters()
+    optimizer = private(params)
+    deliver(params, gradients(params, BATCH))
+    monkeypatch.setattr(type(optimizer.clipping), "weights", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.virtual_step()
+    assert optimizer._pending.samples == 0
+
+
+def test_an_abandoned_logical_batch_can_be_forgotten():
+    params = parameters()
+    optimizer = private(params)
+    optimizer.signal_skip_step(True)
+    optimizer.signal_skip_step(False)
+    deliver(params, gradients(params, BATCH, seed=1))
+    optimizer.step()
+    optimizer.discard_pending()
+    fresh = gradients(params, BATCH, seed=2)
+    deliver(params, fresh)
+    optimizer.step()
+    assert_same(released(params), clipped_sum(fresh))
+
+
+@pytest.mark.parametrize("between", ["step", "skipped step"])
+def test_a_forgotten_zero_grad_is_an_error(between):
+    params = parameters()
+    optimizer = private(params)
+    optimizer.signal_skip_step(between == "skipped step")
+    for step in (1, 2):
+        deliver(params, gradients(params, BATCH))
+        if step == 1:
+            optimizer.step()
+    with pytest.raises(ValueError, match="call optimizer.zero_grad"):
+        optimizer.step()
+
+
+def test_a_forgotten_zero_grad_is_noticed_without_grad_samples_too():
+    params = parameters()
+    optimizer = private(params)
+    deliver(params, gradients(params, BATCH))
+    optimizer.step()
+    for p in params:  # a mode that keeps nothing on the parameters
+        p.grad_sample = None
+    deliver(params, gradients(params, BATCH))
+    with pytest.raises(ValueError, match="call optimizer.zero_grad"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_the_models_own_zero_grad_counts(set_to_none):
+    model = nn.ParameterList(parameters())
+    params = list(model)
+    for p in params:
+        p.grad_sample = None
+    optimizer = private(params)
+    for seed in (1, 2):
+        grads = gradients(params, BATCH, seed=seed)
+        deliver(params, grads)
+        optimizer.step()
+        for p in params:
+            p.grad_sample = None  # as a wrapper's zero_grad does
+        model.zero_grad(set_to_none=set_to_none)
+    assert_same(
+        released(params) if set_to_none is False else [], [torch.zeros_like(p) for p in params][: 3 * (not set_to_none)]
+    )
+
+
+def test_no_backward_before_step_is_an_error():
+    optimizer = private(parameters())
+    for step in (optimizer.step, optimizer.virtual_step):
+        with pytest.raises(ValueError, match="forward of the wrapped model"):
+            step()
+    with pytest.raises(ValueError, match="No per-sample gradients"):
+        _ = optimizer.accumulated_iterations
