@@ -47,13 +47,14 @@ class Group:
         grad = grad * self.scale
         mine, held = self._attributes.get(id(param)), getattr(param, "grad_sample", None)
         if mine is not None and (held is mine or (isinstance(held, list) and held and held[-1] is mine)):
-            mine += grad
+            mine.add_(grad)  # type: ignore[union-attr]
             return
         self._attributes[id(param)] = grad
         if held is None:
-            param.grad_sample = grad
+            param.grad_sample = grad  # type: ignore[attr-defined]
         else:
-            param.grad_sample = [*held, grad] if isinstance(held, list) else [held, grad]
+            held = held if isinstance(held, list) else [held]
+            param.grad_sample = [*held, grad]  # type: ignore[attr-defined]
 
     def fill_attribute(self, param: nn.Parameter) -> None:
         """A parameter this batch did not reach has the gradient zero, not none."""

@@ -174,7 +174,8 @@ def _covers(part: PerSampleGradients, params: list[nn.Parameter]) -> bool:
 
 
 def _from_attributes(params: list[nn.Parameter]) -> list[PerSampleGradients]:
-    lists = [p.grad_sample if isinstance(p.grad_sample, list) else [p.grad_sample] for p in params]
+    held = [getattr(p, "grad_sample", None) for p in params]
+    lists = [h if isinstance(h, list) else [h] for h in held]
     if len({len(x) for x in lists}) != 1:
         raise ValueError("Parameters hold different numbers of grad_sample entries: call zero_grad() between steps.")
     out: list[PerSampleGradients] = []
@@ -194,7 +195,7 @@ def discard(params: Sequence[nn.Parameter]) -> None:
     tapes: dict[int, Tape] = {}
     for p in params:
         if getattr(p, "grad_sample", None) is not None:
-            p.grad_sample = None
+            p.grad_sample = None  # type: ignore[attr-defined]
         tape = tape_of(p)
         if tape is not None:
             tapes[id(tape)] = tape

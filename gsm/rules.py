@@ -46,7 +46,8 @@ def _moved(weight: Tracked, function: Callable[..., Any], *args: Any) -> Tracked
 
 def matmul(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
     """Products with a matrix or vector parameter are linear layers; with a stack of matrices, batched products."""
-    left, right = args[0], args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
+    left: Any = args[0]
+    right: Any = args[1] if len(args) > 1 else kwargs.get("other", kwargs.get("mat2"))
     if func.__name__ == "__rmatmul__":
         left, right = right, left
     tracked = tracked_in((left, right), {})

@@ -122,6 +122,7 @@ class Tape:
             return
         for leaf in target.gsm_leaves:
             pulled = Pulled(contribution, target.gsm_value, leaf.gsm_value, target.gsm_isometric)
+            assert leaf.gsm_param is not None
             self._add_to(group, leaf.gsm_param, pulled)
 
     def _add_to(self, group: Group, param: nn.Parameter, contribution: Contribution) -> None:

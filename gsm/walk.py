@@ -1,4 +1,4 @@
-"""Walking the tree: which module is handled how, and what to do when the first batch shows that a plan does not hold."""
+"""Walking the tree: how each module is handled, and what to do when the first batch shows that a plan does not hold."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ class CapturePlan:
     def build(self) -> None:
         """Decides from the tree alone, and installs the capture."""
         self.plan = Plan()
-        self.trainable = [p for p in self.root.parameters() if p.requires_grad]
+        self.everything = list(self.root.parameters())
+        self.seen = _state(self.everything)
+        self.trainable = [p for p in self.everything if p.requires_grad]
         self.tape.params = self.trainable
         self.tape.names = {id(p): n for n, p in self.root.named_parameters(remove_duplicate=True)}
         covered: set[str] = set()
@@ -89,8 +91,8 @@ class CapturePlan:
             return
         p.grad = None
         raise RuntimeError(
-            f"{self.tape.names.get(id(p), 'A parameter')} received an ordinary gradient: it was used outside the wrapped "
-            "model's forward (in the loss, say), so that share of its per-sample gradient is unknown. Compute it "
+            f"{self.tape.names.get(id(p), 'A parameter')} received an ordinary gradient: it was used outside the "
+            "wrapped model's forward (in the loss, say), so that share of its per-sample gradient is unknown. Compute it "
             "inside the model's forward, or freeze the parameter."
         )
 
@@ -106,9 +108,8 @@ class CapturePlan:
     # -- before a batch ----------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Builds the plan anew if parameters were frozen or unfrozen since, or samplers registered or removed."""
-        now = [p for p in self.root.parameters() if p.requires_grad]
-        if len(now) != len(self.trainable) or any(a is not b for a, b in zip(now, self.trainable, strict=True)):
+        """Builds the plan anew if parameters were frozen, unfrozen, moved or converted since."""
+        if self.seen != _state(self.everything):
             self._rebuild()
 
     def _rebuild(self) -> None:
@@ -132,6 +133,7 @@ class CapturePlan:
             mixing = mixing_modules(self.root)
             if mixing:
                 raise SamplesInfluenceEachOther(mixing[0])
+        self.refresh()
         kind = signature(args, kwargs)
         if size == 0 or kind in self.probed:
             return self.capture.forwards[""]
@@ -188,6 +190,11 @@ class CapturePlan:
     def close(self) -> None:
         self._detach()
         self.tape.groups = []
+
+
+def _state(params: list[nn.Parameter]) -> list[tuple[bool, int]]:
+    """What a plan depends on: whether a parameter wants a gradient, and where its values lie."""
+    return [(p.requires_grad, p.data_ptr()) for p in params]
 
 
 def prepare(root: nn.Module, tape: Tape, *, mode: str, strict: bool) -> CapturePlan:

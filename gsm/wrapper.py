@@ -31,9 +31,9 @@ class GradSampleModule(AbstractGradSampleModule):
         loss_reduction: "mean" or "sum", how the loss combines the samples' own losses.
         strict: refuse models in which samples influence each other. False is for experiments without privacy claims.
         force_functorch: the same as `mode="functorch"`.
-        mode: "hooks" leaves `p.grad_sample`, `[batch, *p.shape]`, on every trainable parameter; "ghost" and "auto" keep
-            only what norms and weighted sums need ("ghost" the least memory, "auto" the least time within
-            `memory_budget`); "functorch" and "loop" compute `p.grad_sample` that way for every module (to compare with).
+        mode: "hooks" leaves `p.grad_sample`, `[batch, *p.shape]`, on every trainable parameter; "ghost" and "auto"
+            keep only what norms and weighted sums need ("ghost" the least memory, "auto" the least time within
+            `memory_budget`); "functorch" and "loop" compute `p.grad_sample` that way for every module.
         memory_budget: bytes that materialised gradients may take in mode "auto"; by default a tenth of the
             peak of the non-private step, estimated from what the first batch captured.
 
@@ -125,11 +125,11 @@ class GradSampleModule(AbstractGradSampleModule):
     def _after_backward(self) -> None:
         if self.grad_accumulation_allowed:
             return
-        held = [p.grad_sample for p in self._tape.params if isinstance(getattr(p, "grad_sample", None), list)]
-        if any(len(entries) > 1 for entries in held) or sum(g.delivered for g in self._tape.groups) > 1:
+        held = [getattr(p, "grad_sample", None) for p in self._tape.params]
+        if any(isinstance(h, list) and len(h) > 1 for h in held) or sum(g.delivered for g in self._tape.groups) > 1:
             raise ValueError(
-                "Poisson sampling is not compatible with grad accumulation. You need to call optimizer.step() after every "
-                "forward/backward pass, or split logical batches with max_physical_batch_size= (or BatchMemoryManager)."
+                "Poisson sampling is not compatible with grad accumulation. You need to call optimizer.step() after "
+                "every forward/backward pass, or split logical batches with max_physical_batch_size= (or BatchMemoryManager)."
             )
 
     # -- what a user looks at ----------------------------------------------------------------------------------------
@@ -158,8 +158,6 @@ class GradSampleModule(AbstractGradSampleModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
-        if self._captured is not None and self.hooks_enabled and torch.is_grad_enabled():
-            self._captured.refresh()
         return self._module(*args, **kwargs)
 
     def trainable_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
@@ -182,7 +180,7 @@ class GradSampleModule(AbstractGradSampleModule):
                 return getattr(self._module, item)
             except AttributeError:
                 raise AttributeError(
-                    f"neither {type(self).__name__} nor the wrapped {type(self._module).__name__} has an attribute {item!r}"
+                    f"neither {type(self).__name__} nor the {type(self._module).__name__} it wraps has an attribute {item!r}"
                 ) from None
 
     # -- copies ------------------------------------------------------------------------------------------------------

@@ -294,6 +294,24 @@ def test_freezing_and_unfreezing_later(mode: str) -> None:
     assert_close_per_sample(captured(model), per_sample_loop(plain, x))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_moved_or_replaced_after_wrapping(mode: str) -> None:
+    """`.double()`, `.to(device)` and `p.data = ...` give a parameter other memory."""
+    model = LinearWithExtraParam()
+    wrapped = GradSampleModule(model, mode=mode, loss_reduction="sum")
+    wrapped(torch.randn(4, 5)).sum().backward()
+    wrapped.zero_grad()
+    wrapped.double()
+    x = torch.randn(4, 5).double()
+    for _ in range(2):
+        plain = LinearWithExtraParam().double()
+        plain.load_state_dict(model.state_dict())
+        projection_loss(wrapped(x)).backward()
+        assert_close_per_sample(captured(model), per_sample_loop(plain, x))
+        wrapped.zero_grad()
+        model.extra_param.data = torch.randn(8, 3).double()
+
+
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_capture_on_their_own(mode: str, how: str) -> None:
