@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from . import gaussian
 from .assumptions import Segment
 from .compose import Curve, Spectrum
+from .jumps import epsilon_by_jumps
 from .lattice import Lattice, optimistic, pessimistic
 from .pairs import Pair, SubsampledGaussian
-from .plan import Cumulants, Parts, Plan, log_noise, make_plan, saddle_for_delta, saddle_for_epsilon, tolerance
+from .plan import Cumulants, Parts, Plan, choose, log_allowed, log_noise, make_plan, saddle_for_delta, saddle_for_epsilon, tolerance
 from .rdp import best_epsilon
 
 REFINE_LOWER = 4.0  # the optimistic lattice merges six points, so it needs a finer mesh for the same error
-BELL = 14.0  # a tilted law is taken for bell-shaped if its window ends this many standard deviations above its mean
+MANY = 8  # segments: above, one coarse composition is not cheap
+ATTEMPTS = 6
+DEAR = 1e6  # lattice points: above, it is worth trying to compose by the number of large losses
 
 
 def epsilon_bound(segments: Sequence[Segment], delta: float, upper: bool) -> float:
@@ -26,7 +31,10 @@ def epsilon_bound(segments: Sequence[Segment], delta: float, upper: bool) -> flo
     known = gaussian.closed_form(segments)
     if known is not None:
         return known.epsilon(delta, upper)
-    return max(direction_epsilon(parts, delta, upper) for parts in directions(segments))
+    result = 0.0
+    for parts in directions(segments):
+        result = max(result, direction_epsilon(parts, delta, upper, enough=result))
+    return result
 
 
 def delta_bound(segments: Sequence[Segment], epsilon: float, upper: bool) -> float:
@@ -49,50 +57,69 @@ def directions(segments: Sequence[Segment]) -> list[Parts]:
     ]
 
 
-def direction_epsilon(parts: Parts, delta: float, upper: bool) -> float:
-    """Epsilon at ``delta`` for one direction."""
+def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0.0) -> float:
+    """Epsilon at ``delta`` for one direction; or, if that is found to be below ``enough`` already at first sight, some bound below it."""
     cumulants = Cumulants(parts, negligible(parts, delta))
-    tilts, epsilon, slope = _scout(parts, cumulants, delta)
+    tilts, epsilon, slope, found = _scout(parts, cumulants, delta)
+    if found <= enough:
+        return found if upper else 0.0
+    saddle_epsilon = cumulants.three(tilts[0])[1]
     refine = 1.0 if upper else REFINE_LOWER
-    plan = cheapest(cumulants, tilts, epsilon, math.log(delta), slope, refine)
+    plan = choose(cumulants, tilts, epsilon, math.log(delta), slope, refine)
+    points = (plan.high - plan.low) / plan.step
+    odd = abs(saddle_epsilon - epsilon) > 0.1 * epsilon
+    if len(parts) == 1 and (odd or points > DEAR or log_noise(cumulants, plan, math.log(delta)) > log_allowed(epsilon, slope)):
+        result = _by_jumps(parts[0], delta, (epsilon, slope), refine, upper)
+        if result is not None:
+            return min(result, found) if upper else result
     result = compose(parts, plan, delta, upper).epsilon(delta)
     if result is None:  # the window missed: from above fall back to a bound that needs none, from below to nothing
-        return min(best_epsilon(_as_segments(parts), delta)[0], epsilon if len(tilts) > 1 else math.inf) if upper else 0.0
-    return result
+        return found if upper else 0.0
+    return min(result, found) if upper else result
 
 
-def _scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float], float, float]:
-    """Tilts worth considering, the epsilon to expect, and the slope there.
+def _by_jumps(
+    part: tuple[Pair, int], delta: float, guess: tuple[float, float], refine: float, upper: bool
+) -> float | None:
+    """Composition by the number of large losses: coarsely from above until it agrees with itself, then as asked."""
+    pair, steps = part
+    above = negligible([part], delta)
+    for attempt in range(ATTEMPTS):
+        answer = epsilon_by_jumps(pair, steps, delta, above, lattice_maker([part], delta, True), guess, 0, True)
+        if answer is None or not 0 < answer[0] < math.inf:
+            return None
+        if attempt and answer[0] > guess[0] - 20 * tolerance(guess[0]):
+            break
+        guess = answer
+    answer = epsilon_by_jumps(pair, steps, delta, above, lattice_maker([part], delta, upper), guess, refine, upper)
+    return None if answer is None or math.isinf(answer[0]) else answer[0]
+
+
+def _scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float], float, float, float]:
+    """Tilts worth considering, the epsilon to expect, the slope there, and an upper bound (inf if none was found).
 
     The saddle point is all that is needed while the tilted law is bell-shaped. Where single large losses matter as much as the sum of
-    the small ones it is not, and the answer is looked for by coarse compositions under smaller and smaller tilts.
+    the small ones it is not, and the answer is looked for by coarse compositions, each under the tilt that looks best for the last answer.
     """
     tilt = saddle_for_delta(cumulants, delta)
     _, mean, variance = cumulants.three(tilt)
-    guess = make_plan(cumulants, tilt, mean, math.log(delta), tilt, 0)
-    if mean > 0 and guess.high - mean < BELL * math.sqrt(variance):
-        return [tilt], max(mean, 0.0), tilt
-    tilts = [tilt / 2**k for k in range(10)]
-    epsilon, slope, found = max(mean, 0.0), tilt, math.inf
-    for theta in tilts:
-        curve = compose(parts, make_plan(cumulants, theta, epsilon, math.log(delta), slope, 0), delta, True)
+    if len(parts) > MANY:
+        return [tilt, tilt / 2, tilt / 8], max(mean, 0.0), 1 + tilt, math.inf
+    found, order = best_epsilon(_as_segments(parts), delta)
+    epsilon, slope = min(max(mean, 0.0), found), 1 + tilt if mean <= found else order
+    tilts = [tilt, *np.geomspace(1e-2, 1e5, 32).tolist()]
+    for _ in range(ATTEMPTS):
+        plan = choose(cumulants, tilts, epsilon, math.log(delta), slope, 0)
+        curve = compose(parts, plan, delta, True)
         result = curve.epsilon(delta)
-        if result is not None and result < found:
-            epsilon, slope, found = result, curve.slope(result), result
-    return tilts, epsilon, slope
-
-
-def cheapest(
-    cumulants: Cumulants, tilts: Sequence[float], epsilon: float, log_delta: float, slope: float, refine: float
-) -> Plan:
-    """The plan with the fewest points among the tilts that keep the rounding small enough."""
-    plans = [make_plan(cumulants, theta, epsilon, log_delta, slope, refine) for theta in tilts]
-    noises = [log_noise(cumulants, theta, epsilon, log_delta) for theta in tilts]
-    log_allowed = math.log(min(tolerance(epsilon) * slope, 0.01))
-    quiet = [plan for plan, noise in zip(plans, noises, strict=True) if noise < log_allowed]
-    if not quiet:
-        return plans[noises.index(min(noises))]
-    return min(quiet, key=lambda plan: (plan.high - plan.low) / plan.step)
+        if result is None:
+            epsilon = (epsilon + found) / 2
+            continue
+        close = abs(result - epsilon) < 20 * tolerance(epsilon)
+        found, epsilon, slope = min(found, result), result, curve.slope(result)
+        if close:
+            break
+    return tilts, epsilon, slope, found
 
 
 def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
@@ -100,14 +127,14 @@ def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
     cumulants = Cumulants(parts, 1e-30)
     tilt = saddle_for_epsilon(cumulants, epsilon)
     tilts = [tilt / 2**k for k in range(6)]
-    best, slope = 1.0, tilt
+    best, slope = 1.0, 1 + tilt
     for theta in tilts:
         value, mean, variance = cumulants.three(theta)
         log_delta = min(value - theta * epsilon, math.log(best))
         curve = compose(parts, make_plan(cumulants, theta, epsilon, log_delta, slope, 0), math.exp(log_delta), True)
         if curve.delta(epsilon) < best:
             best, slope = curve.delta(epsilon), curve.slope(epsilon)
-    plan = cheapest(cumulants, tilts, epsilon, math.log(best), slope, 1.0 if upper else REFINE_LOWER)
+    plan = choose(cumulants, tilts, epsilon, math.log(best), slope, 1.0 if upper else REFINE_LOWER)
     result = compose(parts, plan, best, upper).delta(epsilon)
     return min(result, best) if upper else result
 
@@ -119,14 +146,20 @@ def compose(parts: Parts, plan: Plan, delta: float, upper: bool) -> Curve:
 
 
 def negligible(parts: Parts, delta: float) -> float:
-    """Mass of one step's largest losses that may count as infinite: together they are 1e-5 of delta."""
-    return 1e-5 * delta / sum(count for _, count in parts)
+    """Mass of one step's largest losses that may count as infinite: together they are 1e-4 of delta."""
+    return 1e-4 * delta / sum(count for _, count in parts)
 
 
 def discretise(parts: Parts, step: float, delta: float, upper: bool) -> list[Lattice]:
-    total = sum(count for _, count in parts)
-    make: Callable[[Pair, float, float, float], Lattice] = pessimistic if upper else optimistic
-    return [make(pair, step, 1e-9 / total, negligible(parts, delta)) for pair, _ in parts]
+    make = lattice_maker(parts, delta, upper)
+    return [make(pair, step) for pair, _ in parts]
+
+
+def lattice_maker(parts: Parts, delta: float, upper: bool) -> Callable[[Pair, float], Lattice]:
+    """Lattice law of a pair at a mesh, dominating it (``upper``) or dominated by it."""
+    make = pessimistic if upper else optimistic
+    below, above = 1e-9 / sum(count for _, count in parts), negligible(parts, delta)
+    return lambda pair, step: make(pair, step, below, above)
 
 
 

@@ -8,7 +8,8 @@ where :math:`\tilde E` is under the tilted law, each step's mass multiplied by :
 is the inverse transform of :math:`\prod_i\hat p_i^{n_i}`. Taken modulo the window it is the sum of its aliases, so on the window it is never
 below the true one, and above it by at most the mass outside. What is counted:
 
-* transform: each :math:`\hat p` is within :math:`e_0=4u(\log_2 N+4)` of the true one (a sum of N terms by a tree of depth log N), so
+* transform: each :math:`\hat p` is within :math:`e_0=4u(\log_2 N+4)` times the mass off its heaviest point of the true one (a sum of
+  N terms by a tree of depth log N), so
   every mass of the result is off by at most :math:`\eta=\frac1N\sum_\omega\bigl[\prod(|\hat p_i|+e_0)^{n_i}-\prod|\hat p_i|^{n_i}\bigr]` plus the rounding of
   the powers and of the inverse transform, in proportion to :math:`\prod|\hat p_i|^{n_i}`;
 * the mass outside the window, by Chernoff's bound with the lattice law's own moment generating function;
@@ -43,6 +44,13 @@ class Tilted:
     weight: Array
     log_size: float
     spread: float  # relative rounding error of the tilting factors
+    heaviest: int  # index of the point with most mass
+    rest: float  # mass of all other points
+
+    @property
+    def centre(self) -> float:
+        """The loss at the heaviest point."""
+        return self.lattice.offset + self.heaviest * self.lattice.step
 
     def log_moment(self, shift: float) -> float:
         """log of the tilted law's moment generating function at ``shift``, rounded up."""
@@ -58,7 +66,11 @@ def tilt(lattice: Lattice, theta: float) -> Tilted:
     peak = float(exponent.max())
     weight = np.exp(exponent - peak)
     total = float(weight.sum())
-    return Tilted(lattice, weight / total, peak + math.log(total), UNIT * (40 + theta * float(np.abs(lattice.losses).max())))
+    weight /= total
+    heaviest = int(np.argmax(weight))
+    rest = float(weight[:heaviest].sum() + weight[heaviest + 1 :].sum())
+    spread = UNIT * (40 + theta * float(np.abs(lattice.losses).max()))
+    return Tilted(lattice, weight, peak + math.log(total), spread, heaviest, rest)
 
 
 class Spectrum:
@@ -71,39 +83,49 @@ class Spectrum:
         self.transform_error = 4 * UNIT * (math.log2(self.size) + 4)
 
     def log_transform(self, index: int) -> tuple[Array, Array]:
-        """Complex logarithm of segment ``index``'s transform, and log of its modulus plus the transform's error."""
-        weight = self.tilted[index].weight
-        if len(weight) > self.size:
-            weight = np.pad(weight, (0, -len(weight) % self.size)).reshape(-1, self.size).sum(axis=0)
-        transform = fft.rfft(weight, self.size)
-        modulus = np.abs(transform)
-        return np.log(np.where(modulus > FLOOR, transform, FLOOR)), np.log(modulus + self.transform_error)
+        """Complex logarithm of segment ``index``'s transform about its heaviest point, and log of a bound on its true modulus.
 
-    def compose(self, counts: Sequence[int], upper: bool) -> Curve:
-        """The curve of ``counts[i]`` steps of segment i, rounded up (``upper``) or down."""
-        total, power, bound = self._powers(counts)
-        rounding = total * (math.log2(self.size) + 8) + 4 * UNIT
+        Only the rest of the law is transformed: 1 + z with |z| at most twice the rest's mass, so that a law which sits on one point for all
+        but a millionth of its mass has a millionth of the rounding error.
+        """
+        part = self.tilted[index]
+        rest = np.concatenate([part.weight[part.heaviest + 1 :], np.zeros(max(self.size - len(part.weight), 0)), part.weight[: part.heaviest]])
+        rest = np.concatenate([[0.0], rest])
+        if len(rest) > self.size:
+            rest = self._fold(part)
+        z = fft.rfft(rest, self.size) - part.rest
+        real = 0.5 * np.log(np.maximum((1 + z.real) ** 2 + z.imag**2, FLOOR))
+        small = np.abs(z.real) + np.abs(z.imag) < 0.1
+        real[small] = 0.5 * np.log1p(z.real[small] * (2 + z.real[small]) + z.imag[small] ** 2)
+        error = self.transform_error * part.rest
+        return real + 1j * np.arctan2(z.imag, 1 + z.real), np.maximum(real, -80.0) + np.log1p(error * np.exp(-np.maximum(real, -80.0)))
+
+    def _fold(self, part: Tilted) -> Array:
+        """A law longer than the window, modulo the window."""
+        weight = part.weight.copy()
+        weight[part.heaviest] = 0.0
+        folded = np.pad(weight, (0, -len(weight) % self.size)).reshape(-1, self.size).sum(axis=0)
+        return np.roll(folded, -(part.heaviest % self.size))
+
+    def compose(self, counts: Sequence[int], upper: bool, log_factor: float = 0.0) -> Curve:
+        """The curve of ``counts[i]`` steps of segment i times e^``log_factor``, rounded up (``upper``) or down."""
+        power, bound = np.zeros(self.size // 2 + 1, dtype=complex), np.zeros(self.size // 2 + 1)
+        for index, count in enumerate(counts):
+            log_transform, log_bound = self.log_transform(index)
+            power += count * log_transform
+            bound += count * log_bound
         kept = bound > NEGLIGIBLE
         product = np.zeros(len(power), dtype=complex)
         product[kept] = np.exp(power[kept])
+        most = np.exp(bound[kept])
+        rounding = 8 * UNIT * (np.abs(power[kept].real) + np.abs(power[kept].imag) + math.log2(self.size) + 8)
         double = np.full(len(power), 2.0)
         double[0] = 1.0
-        modulus, most = np.abs(product[kept]), np.exp(bound[kept])
-        eta = float(double[kept] @ (np.maximum(most - modulus, 0.0) + rounding * most)) / self.size + math.exp(NEGLIGIBLE)
-        offset = math.fsum(count * part.lattice.offset for part, count in zip(self.tilted, counts, strict=True))
+        eta = float(double[kept] @ (np.maximum(most - np.abs(product[kept]), 0.0) + rounding * most)) / self.size
+        offset = math.fsum(count * part.centre for part, count in zip(self.tilted, counts, strict=True))
         first = math.floor((self.plan.low - offset) / self.plan.step)
         mass = np.roll(fft.irfft(product, self.size), -(first % self.size))
-        return Curve.build(self, counts, mass, offset + first * self.plan.step, eta, upper)
-
-    def _powers(self, counts: Sequence[int]) -> tuple[float, Array, Array]:
-        """Relative rounding error of the powers, log of the product of the transforms, and log of a bound on its modulus."""
-        power, bound, error = 0.0, 0.0, 0.0
-        for index, count in enumerate(counts):
-            log_transform, log_bound = self.log_transform(index)
-            power = power + count * log_transform
-            bound = bound + count * log_bound
-            error += 8 * UNIT * count
-        return error, np.asarray(power), np.asarray(bound)
+        return Curve.build(self, counts, mass, offset + first * self.plan.step, eta + math.exp(NEGLIGIBLE), upper, log_factor)
 
 
 @dataclass(frozen=True)
@@ -128,7 +150,10 @@ class Curve:
     upper: bool
 
     @classmethod
-    def build(cls, spectrum: Spectrum, counts: Sequence[int], mass: Array, start: float, eta: float, upper: bool) -> Curve:
+    def build(
+        cls, spectrum: Spectrum, counts: Sequence[int], mass: Array, start: float, eta: float, upper: bool, log_factor: float
+    ) -> Curve:
+        """Suffix sums of the composed law ``mass``, which starts at the loss ``start`` and is within ``eta`` everywhere."""
         plan, parts = spectrum.plan, spectrum.tilted
         theta, reference = plan.theta, plan.epsilon
         end = start + (len(mass) - 1) * plan.step
@@ -141,10 +166,10 @@ class Curve:
         ratio = weight * np.exp(reference - losses)
         high = _tail(parts, counts, plan.tail_high, end)
         low = _tail(parts, counts, -plan.tail_low, start)
-        log_size = math.fsum(count * part.log_size for part, count in zip(parts, counts, strict=True))
+        log_size = math.fsum(count * part.log_size for part, count in zip(parts, counts, strict=True)) + log_factor
         relative = math.fsum(count * part.spread for part, count in zip(parts, counts, strict=True))
         infinite = math.fsum(count * part.lattice.infinite for part, count in zip(parts, counts, strict=True))
-        drift = math.fsum(count * abs(part.lattice.offset) for part, count in zip(parts, counts, strict=True))
+        drift = math.fsum(count * abs(part.centre) for part, count in zip(parts, counts, strict=True))
         return cls(
             losses, np.cumsum(weight[::-1])[::-1], np.cumsum(ratio[::-1])[::-1], reference, log_size - theta * reference,
             theta, high if upper else (high + low) / (1 + theta), infinite if upper else 0.0,
@@ -152,11 +177,13 @@ class Curve:
         )  # fmt: skip
 
     def delta(self, epsilon: float) -> float:
-        """delta at ``epsilon``, rounded up or down; 1 or 0 where the window does not reach."""
+        """delta at ``epsilon``, rounded up or down; 1, or its value at the window's foot, below the window."""
         epsilon += -self.shift if self.upper else self.shift
-        k = int(np.searchsorted(self.losses, epsilon, side="left"))
         if epsilon < self.losses[0] - 1e-12 and self.losses[0] > 1e-12:
-            return 1.0 if self.upper else 0.0
+            if self.upper:
+                return 1.0
+            epsilon = float(self.losses[0])  # delta falls, so its lower bound further up holds here too
+        k = int(np.searchsorted(self.losses, epsilon, side="left"))
         value = self._units(k, epsilon)
         log_delta = self.log_unit + math.log(max(value, FLOOR))
         result = math.exp(min(log_delta, 0.0)) * (1 + self.relative if self.upper else 1 - min(self.relative, 1.0))
@@ -191,7 +218,7 @@ class Curve:
         return max(float(self.losses[inside[-1]]) - self.shift, 0.0)
 
     def slope(self, epsilon: float) -> float:
-        """-d log(-d delta / d epsilon) / d epsilon near ``epsilon``, roughly."""
+        """-d log(-e^-epsilon d delta / d epsilon) / d epsilon near ``epsilon``, roughly: 1 + theta at a saddle point."""
         k = min(int(np.searchsorted(self.losses, epsilon)), len(self.losses) - 2)
         further = int(np.searchsorted(-self.ratio_sum, -self.ratio_sum[k] / math.e))
         return 1 / max(float(self.losses[min(further, len(self.losses) - 1)] - self.losses[k]), self._step())
@@ -231,5 +258,11 @@ class Curve:
 
 def _tail(parts: Sequence[Tilted], counts: Sequence[int], shift: float, edge: float) -> float:
     """Chernoff's bound on the tilted mass beyond ``edge``: above it for ``shift`` > 0, below it for ``shift`` < 0."""
-    log_bound = math.fsum(count * part.log_moment(shift) for part, count in zip(parts, counts, strict=True)) - shift * edge
-    return math.exp(min(log_bound, 0.0))
+    log_bound = 0.0
+    for divisor in (1, 2, 4, 8):  # a shift that is best for the continuous law can be too sharp for a coarse lattice
+        here = shift / divisor
+        moments = math.fsum(count * part.log_moment(here) for part, count in zip(parts, counts, strict=True))
+        log_bound = min(log_bound, moments - here * edge)
+        if log_bound < -60:
+            break
+    return math.exp(log_bound)

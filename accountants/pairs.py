@@ -151,7 +151,8 @@ def normal_masses(z: Array, offset: float) -> tuple[Array, Array]:
     The bound: ndtr's relative error grows like z^2 (that of exp(-z^2/2)); rounding z by units of |z| + ``offset`` moves
     the tail by its hazard, at most |z| + 1, times that.
     """
-    left, right = ndtr(z), ndtr(-z)
+    small = ndtr(-np.abs(z))
+    left, right = np.where(z < 0, small, 1 - small), np.where(z < 0, 1 - small, small)
     lower, upper = np.concatenate([[-np.inf], z]), np.concatenate([z, [np.inf]])
     left_tail = np.concatenate([[0.0], left, [1.0]])
     right_tail = np.concatenate([[1.0], right, [0.0]])

@@ -12,6 +12,7 @@ adds variance of about :math:`h^2/6` to each of n steps and so :math:`n(\theta+1
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from .pairs import Array, Pair
 
 Parts = Sequence[tuple[Pair, int]]
 LOG_OUTSIDE = 14.0  # mass outside the window may distort delta by e^-14 of itself, as planned
-ABSOLUTE, RELATIVE = 1e-5, 3e-5  # error of epsilon that the mesh may cause
-COARSE_POINTS = 1 << 14
+ABSOLUTE, RELATIVE = 3e-5, 5e-5  # error of epsilon that the mesh may cause
+COARSE_POINTS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Cumulants:
         # Distance of each loss from the lattice point under (or over) which the unsampled records' mass sits.
         ends = [loss.max() if pair.ends_above else loss.min() for (pair, _), (_, loss) in zip(parts, laws, strict=True)]
         self.gap = np.abs(self.loss - np.array(ends)[:, None])
+        self.range = max(float(loss.max() - loss.min()) for _, loss in laws)
         self.counts = np.array([count for _, count in parts], dtype=float)
 
     @staticmethod
@@ -64,6 +66,33 @@ class Cumulants:
     def value(self, theta: float) -> float:
         """K(theta)."""
         return float(self.counts @ self._log_sum(self.log_weight + theta * self.loss))
+
+    def log_masses(self) -> list[float]:
+        """log of each segment's mass."""
+        return [float(value) for value in self._log_sum(self.log_weight)]
+
+    def split(self, threshold: float) -> Cumulants | None:
+        """A single segment as two, losses up to ``threshold`` and above it; None where one of them is empty."""
+        small = self.loss[0] <= threshold
+        if small.all() or not small.any():
+            return None
+        two = copy.copy(self)
+        two.loss, two.gap = np.repeat(self.loss, 2, axis=0), np.repeat(self.gap, 2, axis=0)
+        two.log_weight = np.where(np.stack([small, ~small]), self.log_weight, -np.inf)
+        return two
+
+    def with_counts(self, counts: Sequence[int]) -> Cumulants:
+        """The same segments, so many steps of each."""
+        other = copy.copy(self)
+        other.counts = np.array(counts, dtype=float)
+        return other
+
+    def events(self, theta: float, step: float) -> float:
+        """Expected number of steps that leave the lattice point of the unsampled records, under the tilt."""
+        exponent = self.log_weight + theta * self.loss
+        weight = np.exp(exponent - exponent.max(axis=1)[:, None])
+        weight *= (self.counts / weight.sum(axis=1))[:, None]
+        return float((weight * np.minimum(self.gap / step, 1.0)).sum())
 
     def mesh(self, theta: float, allowed: float) -> float:
         """The mesh at which splitting onto the lattice adds variance ``allowed`` to the composed loss, under the tilt."""
@@ -132,8 +161,8 @@ def make_plan(cumulants: Cumulants, theta: float, epsilon: float, log_delta: flo
     Args:
         theta: the tilt.
         epsilon, log_delta: where the answer is expected.
-        slope: -d log(d delta / d epsilon) / d epsilon there.
-        refine: divides the mesh; 0 asks for a coarse plan of COARSE_POINTS points.
+        slope: 1 + theta, were it a saddle point: -d log / d epsilon of e^-epsilon d delta / d epsilon there.
+        refine: divides the mesh; 0 asks for a coarse plan.
     """
     value, mean, variance = cumulants.three(theta)
     width = math.sqrt(variance)
@@ -147,10 +176,11 @@ def make_plan(cumulants: Cumulants, theta: float, epsilon: float, log_delta: flo
     high, low = max(high, epsilon + width / 4), min(low, epsilon - width / 4)
     length = high - low
     if refine:
-        step = cumulants.mesh(theta, 2 * tolerance(epsilon) / (slope + 1)) / refine
-        step = max(min(step, length / 512), length / MAX_POINTS)
+        step = cumulants.mesh(theta, 2 * tolerance(epsilon) / slope) / refine
+        step = max(min(step, length / 512), length / MAX_POINTS, cumulants.range / MAX_POINTS)
     else:
-        step = length / COARSE_POINTS
+        step = max(min(cumulants.mesh(theta, 100 * tolerance(epsilon) / slope), length / 4096), length / (16 * COARSE_POINTS))
+        step = max(step, cumulants.range / (16 * COARSE_POINTS))
     return Plan(theta, max(epsilon, 0.0), low - 8 * step, high + 8 * step, step, tail_high, tail_low)
 
 
@@ -159,8 +189,27 @@ def tolerance(epsilon: float) -> float:
     return ABSOLUTE + RELATIVE * max(epsilon, 0.0)
 
 
-def log_noise(cumulants: Cumulants, theta: float, epsilon: float, log_delta: float) -> float:
-    """log of what the transform's rounding adds to delta, relative to delta."""
-    value, _, variance = cumulants.three(theta)
-    steps = float(cumulants.counts.sum())
-    return math.log(1e-14 * steps / min(max(theta * math.sqrt(variance), 1e-3), 1.0)) + value - theta * epsilon - log_delta
+def log_noise(cumulants: Cumulants, plan: Plan, log_delta: float) -> float:
+    """log of what the transform's rounding adds to delta, relative to delta, about."""
+    value, _, variance = cumulants.three(plan.theta)
+    events = cumulants.events(plan.theta, plan.step)
+    peak = math.exp(-events) + min(plan.step / math.sqrt(2 * math.pi * variance), 1.0)
+    bins = 1 / min(max(plan.theta, 1 / (plan.high - plan.low)) * plan.step, 1.0)
+    return math.log(1e-14 * (events + 1) * peak * bins) + value - plan.theta * plan.epsilon - log_delta
+
+
+def choose(
+    cumulants: Cumulants, tilts: Sequence[float], epsilon: float, log_delta: float, slope: float, refine: float
+) -> Plan:
+    """The plan with the fewest points among the tilts that keep the rounding small enough."""
+    plans = [make_plan(cumulants, theta, epsilon, log_delta, slope, refine) for theta in tilts]
+    noises = [log_noise(cumulants, plan, log_delta) for plan in plans]
+    quiet = [plan for plan, noise in zip(plans, noises, strict=True) if noise < log_allowed(epsilon, slope)]
+    if not quiet:
+        return plans[noises.index(min(noises))]
+    return min(quiet, key=lambda plan: (plan.high - plan.low) / plan.step)
+
+
+def log_allowed(epsilon: float, slope: float) -> float:
+    """log of the relative error of delta that moves epsilon by its tolerance."""
+    return math.log(min(tolerance(epsilon) * slope, 0.01))
