@@ -189,7 +189,8 @@ def _direction(
     scale = _scale(stack, x, first[0], lengths)
     w_hh, w_hr = w.w_hh.detach(), None if w.w_hr is None else w.w_hr.detach()
     with torch.no_grad():
-        gates = pre.detach().to(w_hh.dtype)
+        # The gates overwrite `pre`. Not .detach(), which counts as a change of a view: its backward would be slow.
+        gates = pre.data.to(w_hh.dtype)
         if lengths is not None and stack.kind == "LSTM":
             lengths.hold_cells(gates)
         h0, *c0 = [s.detach().to(w_hh.dtype) for s in first]

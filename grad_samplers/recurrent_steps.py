@@ -99,22 +99,19 @@ class Rnn:
         gate, w, scale = kept
         d = (gate > 0).to(gate.dtype) if self.relu else 1 - gate.square()
         scales = None if scale is None else _steps(scale, reverse)
-        ds, grads = _steps(d, reverse), _steps(grad, reverse)
-        dh = grads[-1].clone()
+        ds, dhs = _steps(d, reverse), _steps(_own(grad), reverse)
         for t in range(len(ds) - 1, -1, -1):
             if scales is not None:
-                dh.mul_(scales[t])
-            ds[t].mul_(dh)
-            _back(grads, t, ds[t], w, dh)
-        return Pulled(d, d, dh)
+                dhs[t].mul_(scales[t])
+            ds[t].mul_(dhs[t])
+            if t:
+                dhs[t - 1].addmm_(ds[t], w)
+        return Pulled(d, d, ds[0] @ w)
 
 
-def _back(grads: Sequence[Tensor], t: int, d: Tensor, w: Tensor, out: Tensor) -> None:
-    """The gradient of the state before step t: what arrives from the outputs, and from the step."""
-    if t:
-        torch.addmm(grads[t - 1], d, w, out=out)
-    else:
-        torch.mm(d, w, out=out)
+def _own(grad: Tensor) -> Tensor:
+    """The outputs' gradient as a buffer to which each step adds what it passes on to the state before it."""
+    return grad.clone(memory_format=torch.contiguous_format)
 
 
 class Gru:
@@ -155,22 +152,19 @@ class Gru:
         aten.sigmoid_backward(previous(hs, reverse) - n, z, grad_input=to_z)
         torch.mul(to_n, r, out=to_new)
         scales = None if scale is None else _steps(scale, reverse)
-        all_dh = torch.empty_like(z)
-        ds, dhs, grads, keep = (_steps(x, reverse) for x in (d_hidden, all_dh, grad, z))
+        all_dh = _own(grad)
+        ds, dhs, keep, wide = (_steps(x, reverse) for x in (d_hidden, all_dh, z, all_dh.unsqueeze(2)))
         gated = _steps(d_hidden.unflatten(-1, (3, -1)), reverse)
-        dh = grads[-1].clone()
         for t in range(len(ds) - 1, -1, -1):
             if scales is not None:
-                dh.mul_(scales[t])
-            dhs[t].copy_(dh)
-            gated[t].mul_(dh.unsqueeze(1))
-            dh.mul_(keep[t]).addmm_(ds[t], w)
+                dhs[t].mul_(scales[t])
+            gated[t].mul_(wide[t])
             if t:
-                dh.add_(grads[t - 1])
+                dhs[t - 1].addcmul_(dhs[t], keep[t]).addmm_(ds[t], w)
         size = 2 * z.shape[-1]
         d_pre[..., :size] = d_hidden[..., :size]
         torch.mul(all_dh, to_n, out=d_pre[..., size:])
-        return Pulled(d_pre, d_hidden, dh)
+        return Pulled(d_pre, d_hidden, torch.addmm(dhs[0] * keep[0], ds[0], w))
 
 
 class Lstm:
@@ -226,23 +220,23 @@ class Lstm:
         aten.sigmoid_backward(previous(cs, reverse), f, grad_input=to_f)
         aten.tanh_backward(i, g, grad_input=to_g)
         aten.sigmoid_backward(squashed, o, grad_input=to_o)
-        ds, to_cell, keep, grads = (_steps(x, reverse) for x in (d, aten.tanh_backward(o, squashed), f, grad))
+        all_dh = _own(grad)
+        ds, dhs, to_cell, keep = (_steps(x, reverse) for x in (d, all_dh, aten.tanh_backward(o, squashed), f))
         of_cell, of_state = _steps(d.unflatten(-1, (4, -1))[:, :, :3], reverse), _steps(to_o, reverse)
         scales = None if scale is None else _steps(scale, reverse)
         dc = torch.zeros_like(cs[0]) if grad_cell is None else grad_cell.clone()
-        wide, dh = dc.unsqueeze(1), grads[-1].clone()
-        all_dh = None if w_hr is None else torch.empty_like(grad)
-        dhs = None if all_dh is None else _steps(all_dh, reverse)
+        wide = dc.unsqueeze(1)
         for t in range(len(ds) - 1, -1, -1):
             if scales is not None:
-                dh.mul_(scales[t])
-            dm = dh if dhs is None else torch.mm(dhs[t].copy_(dh), w_hr)
+                dhs[t].mul_(scales[t])
+            dm = dhs[t] if w_hr is None else dhs[t] @ w_hr
             dc.addcmul_(dm, to_cell[t])
             of_cell[t].mul_(wide)
             of_state[t].mul_(dm)
             dc.mul_(keep[t])
-            _back(grads, t, ds[t], w, dh)
-        return Pulled(d, d, dh, dc, all_dh)
+            if t:
+                dhs[t - 1].addmm_(ds[t], w)
+        return Pulled(d, d, ds[0] @ w, dc, None if w_hr is None else all_dh)
 
 
 CELLS: dict[str, Rnn | Gru | Lstm] = {"RNN_TANH": Rnn(False), "RNN_RELU": Rnn(True), "GRU": Gru(), "LSTM": Lstm()}
