@@ -13,6 +13,7 @@ from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from gsm.sampling import (
     BITS,
+    LEADING,
     DistributedPoissonSampler,
     PoissonSampler,
     Words,
@@ -35,9 +36,9 @@ class FixedWords(Words):
         super().__init__()
         self.words = np.asarray(words, dtype=np.int64)
 
-    def draw(self, count):
+    def below(self, count, threshold):
         head, self.words = self.words[:count], self.words[count:]
-        return head
+        return head < threshold
 
 
 @pytest.mark.parametrize("rate", [1e-9, 1e-3, 0.5, 1.0])
@@ -46,6 +47,35 @@ def test_a_record_is_drawn_exactly_below_the_threshold(rate):
     words = [0, threshold - 1, min(threshold, (1 << BITS) - 1), (1 << BITS) - 1]
     drawn = poisson_batch(FixedWords(words), 4, threshold).tolist()
     assert drawn == ([0, 1, 2, 3] if rate == 1.0 else [0, 1])
+
+
+@pytest.mark.parametrize("rate", [1e-9, 1e-7, 0.3, 1 - 2**-30, 1.0])
+def test_leading_bits_and_ties_make_one_exact_comparison(monkeypatch, rate):
+    """Words given as leading and remaining bits, around the threshold, against integers compared as a whole."""
+    threshold, rest_bits = inclusion_threshold(rate), BITS - LEADING
+    top, rest = (1 << LEADING) - 1, (1 << rest_bits) - 1
+    leads = sorted({0, 1, top, *(min(max((threshold >> rest_bits) + d, 0), top) for d in (-1, 0, 1))})
+    lows = sorted({0, rest, *(min(max((threshold & rest) + d, 0), rest) for d in (-1, 0, 1))})
+    for low in lows:
+        monkeypatch.setattr(torch, "rand", lambda n, **_: torch.tensor(leads, dtype=torch.float32) / 2**LEADING)
+        monkeypatch.setattr(torch, "randint", lambda high, shape, low=low, **_: torch.full(shape, low))
+        found = Words().below(len(leads), threshold).tolist()
+        monkeypatch.undo()
+        assert found == [(lead << rest_bits) + low < threshold for lead in leads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_seed_draws_the_batches_that_opacus_draws(dtype):
+    def batches(cls):
+        return list(cls(num_samples=500, sample_rate=0.02, generator=torch.Generator().manual_seed(4)))
+
+    theirs = batches(UniformWithReplacementSampler)
+    torch.set_default_dtype(dtype)  # must not make the comparison coarser
+    try:
+        ours = batches(PoissonSampler)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ours == theirs and sum(map(len, ours)) > 300
 
 
 def test_chunks_are_joined_without_a_gap(monkeypatch):
