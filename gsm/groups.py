@@ -18,6 +18,7 @@ class Group:
     def __init__(self, batch_size: int, scale: float):
         self.batch_size, self.scale = batch_size, scale
         self.delivered = False
+        self.drawn = 0  # when it was opened, in batches drawn (`gsm.drawn`)
         self.contributions: dict[int, list[Contribution]] = {}
         self._attributes: dict[int, Tensor] = {}
 

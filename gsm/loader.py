@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.dataloader import default_collate
 from torch.utils.data.distributed import DistributedSampler
 
+from gsm import drawn
 from gsm.collate import CollateWithEmpty
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
@@ -154,6 +155,9 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
         DataLoader.__init__(
             self, dataset=dataset, batch_sampler=sampler, collate_fn=collate, generator=generator, **kwargs
         )
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return drawn.counted(super().__iter__())
 
     @classmethod
     def from_data_loader(

@@ -16,6 +16,7 @@ import torch
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
+from gsm import drawn
 from gsm.loader import loader_options
 
 
@@ -109,7 +110,7 @@ class PhysicalBatchLoader(DataLoader):
         batches = iter(self._inner)
         ends = self._pieces.ends
         try:
-            for batch in batches:
+            for batch in drawn.counted(batches):
                 self._check(current)
                 end = ends.popleft()
                 if torch.is_grad_enabled():  # data that is only looked at takes no step

@@ -1,7 +1,8 @@
 """The tape: what one wrapped model remembers between its forward and the optimizer's step.
 
 A forward of the model is a pass; passes whose backward is still to come belong to one group of records
-(a siamese network calls the model twice on the same pairs), and a group ends with the first forward after its backward.
+(a siamese network calls the model twice on the same pairs), and a group ends with the first forward after its backward
+or after the next batch was drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gsm import drawn
 from gsm.contributions import Contribution, Dense, Paired, Pulled, Record
 from gsm.groups import Group
 from gsm.layout import Layout, guess
@@ -80,8 +82,9 @@ class Tape:
             # Activation checkpointing runs a piece of the forward again, inside the backward of its own group.
             return Pass(self, batch_size, self.groups[-1])
         group = self.groups[-1] if self.groups else None
-        if group is None or group.delivered or group.batch_size != batch_size:
+        if group is None or group.delivered or group.batch_size != batch_size or group.drawn != drawn.now():
             group = Group(batch_size, float(batch_size) if self.loss_reduction == "mean" else 1.0)
+            group.drawn = drawn.now()
             if self.mode == "hooks":
                 self.groups = [g for g in self.groups if not g.delivered]
             self.groups.append(group)

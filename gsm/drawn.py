@@ -1,0 +1,27 @@
+"""How many batches our loaders have handed out: forwards on either side of a hand-out saw different records.
+
+Two forwards whose backward is still to come are two looks at the same records (a siamese network, two augmentations)
+and their gradients are added per record before clipping - unless a new batch was drawn in between. Then adding them
+would let one record change the clipped sum by twice the bound, so they stay two batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+_count = 0
+
+
+def now() -> int:
+    """The number of batches handed out so far."""
+    return _count
+
+
+def counted(batches: Iterable[T]) -> Iterator[T]:
+    """The same batches, each counted when it is handed out."""
+    global _count
+    for batch in batches:
+        _count += 1
+        yield batch

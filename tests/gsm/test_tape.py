@@ -1,0 +1,56 @@
+"""What counts as one batch: forwards in flight together, unless a new batch was drawn in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from gsm.ledger import collect
+from gsm.loader import DPDataLoader
+from gsm.wrapper import GradSampleModule
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_batches_drawn_apart_stay_apart_even_in_one_backward(mode: str) -> None:
+    """Added per record they would let one record change the clipped sum by twice the bound."""
+    model = GradSampleModule(nn.Linear(3, 2), mode=mode)
+    loader = DPDataLoader(TensorDataset(torch.randn(4, 3)), sample_rate=1.0, steps=2)
+    loss = sum(model(x).sum() for (x,) in loader)
+    loss.backward()
+    assert [b.batch_size for b in collect(list(model.parameters()))] == [4, 4]
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_two_looks_at_one_batch_are_one_batch(mode: str) -> None:
+    model = GradSampleModule(nn.Linear(3, 2), mode=mode)
+    loader = DPDataLoader(TensorDataset(torch.randn(4, 3)), sample_rate=1.0, steps=1)
+    for (x,) in loader:
+        (model(x) - model(x.flip(1))).square().sum().backward()
+    assert [b.batch_size for b in collect(list(model.parameters()))] == [4]
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_backwards_one_after_the_other_are_batches_of_their_own(mode: str) -> None:
+    model = GradSampleModule(nn.Linear(3, 2), mode=mode)
+    for _ in range(3):
+        model(torch.randn(4, 3)).sum().backward()
+    assert len(collect(list(model.parameters()))) == 3
+    model.zero_grad()
+    assert collect(list(model.parameters())) == []
+
+
+def test_zero_grad_between_forward_and_backward_keeps_the_forward() -> None:
+    model = GradSampleModule(nn.Linear(3, 2), mode="ghost")
+    model(torch.randn(4, 3)).sum().backward()
+    loss = model(torch.randn(5, 3)).sum()
+    model.zero_grad()
+    loss.backward()
+    assert [b.batch_size for b in collect(list(model.parameters()))] == [5]
+
+
+def test_norms_before_any_backward_are_an_error() -> None:
+    model = GradSampleModule(nn.Linear(3, 2), mode="ghost")
+    with pytest.raises(RuntimeError, match="run a forward and a backward first"):
+        model.per_sample_gradient_norms  # noqa: B018
