@@ -33,7 +33,7 @@ types: $(VENV)/.installed
 	$(BIN)/mypy
 
 unit: $(VENV)/.installed
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term --ignore=tests/transformers
 
 test-transformers: $(VENV)/.installed-transformers
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/transformers
