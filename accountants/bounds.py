@@ -107,7 +107,7 @@ def _scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float
         return [tilt, tilt / 2, tilt / 8], max(mean, 0.0), 1 + tilt, math.inf
     found, order = best_epsilon(_as_segments(parts), delta)
     epsilon, slope = min(max(mean, 0.0), found), 1 + tilt if mean <= found else order
-    tilts = [tilt, *np.geomspace(1e-2, 1e5, 32).tolist()]
+    tilts = [tilt, *np.geomspace(1e-2, 1e5, 24).tolist()]
     for _ in range(ATTEMPTS):
         plan = choose(cumulants, tilts, epsilon, math.log(delta), slope, 0)
         curve = compose(parts, plan, delta, True)

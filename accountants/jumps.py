@@ -50,7 +50,7 @@ def epsilon_by_jumps(
             break
         part = both.with_counts((steps - jumps, jumps))
         tilt = saddle_for_epsilon(part, guess[0])
-        tilts = [tilt / 1.7**k for k in range(-2, 8)] + [0.1, 1.0]
+        tilts = [tilt / 1.7**k for k in range(-2, 6)] + [0.1, 1.0]
         plan = choose(part, tilts, guess[0], math.log(delta) - log_ways, guess[1], refine)
         curves.append(_compose(make(pair, plan.step), threshold, plan, (steps - jumps, jumps), log_ways, upper))
     else:

@@ -23,7 +23,7 @@ from .lattice import MAX_POINTS
 from .pairs import Array, Pair
 
 Parts = Sequence[tuple[Pair, int]]
-LOG_OUTSIDE = 14.0  # mass outside the window may distort delta by e^-14 of itself, as planned
+LOG_OUTSIDE = 20.0  # mass outside the window may distort delta by e^-20 of itself, as planned
 ABSOLUTE, RELATIVE = 3e-5, 5e-5  # error of epsilon that the mesh may cause
 COARSE_POINTS = 1 << 13
 
@@ -66,6 +66,14 @@ class Cumulants:
     def value(self, theta: float) -> float:
         """K(theta)."""
         return float(self.counts @ self._log_sum(self.log_weight + theta * self.loss))
+
+    def values(self, thetas: Array) -> Array:
+        """K at every one of ``thetas``."""
+        if self.loss.size > 10_000:
+            return np.array([self.value(theta) for theta in thetas])
+        exponent = self.log_weight + thetas[:, None, None] * self.loss
+        peak = exponent.max(axis=2)
+        return (peak + np.log(np.exp(exponent - peak[:, :, None]).sum(axis=2))) @ self.counts
 
     def log_masses(self) -> list[float]:
         """log of each segment's mass."""
@@ -168,11 +176,11 @@ def make_plan(cumulants: Cumulants, theta: float, epsilon: float, log_delta: flo
     width = math.sqrt(variance)
     # Mass outside counts e^{K - theta epsilon} times its tilted share, against delta.
     allowed = LOG_OUTSIDE + max(value - theta * epsilon - log_delta, 0.0)
-    highs, lows = [], []
-    for shift in np.geomspace(min(0.1 / width, 0.05 * (1 + theta)), max(32 / width, 1 + theta), 20).tolist():
-        highs.append(((cumulants.value(theta + shift) - value + allowed) / shift, shift))
-        lows.append((-(cumulants.value(theta - shift) - value + allowed) / shift, shift))
-    (high, tail_high), (low, tail_low) = min(highs), max(lows)
+    shifts = np.geomspace(min(0.1 / width, 0.05 * (1 + theta)), max(32 / width, 1 + theta), 16)
+    highs = (cumulants.values(theta + shifts) - value + allowed) / shifts
+    lows = -(cumulants.values(theta - shifts) - value + allowed) / shifts
+    up, down = int(np.argmin(highs)), int(np.argmax(lows))
+    high, tail_high, low, tail_low = float(highs[up]), float(shifts[up]), float(lows[down]), float(shifts[down])
     high, low = max(high, epsilon + width / 4), min(low, epsilon - width / 4)
     length = high - low
     if refine:

@@ -95,17 +95,18 @@ def rdp_to_epsilon(log_moments: np.ndarray, orders: np.ndarray, delta: float) ->
         orders: the orders, above 1.
         delta: in (0, 1).
     """
-    # log w, where w = (A - 1) / (order * delta); beyond e^300 the one is nothing beside it.
     with np.errstate(divide="ignore", over="ignore"):
+        usual = log_moments / (orders - 1) + np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
         log_excess = np.where(log_moments < 30, np.log(np.expm1(np.minimum(log_moments, 30))), log_moments)
-        log_w = log_excess - np.log(orders) - math.log(delta)
+        log_w = np.clip(log_excess - np.log(orders) - math.log(delta), -700, 600)
         log_s = np.logaddexp(0.0, log_w) / (orders - 1)
-        # (s - 1) / w; its limit for w to 0 is 1 / (order - 1), where epsilon is 0.
-        ratio = np.where(log_w > -700, np.expm1(np.minimum(log_s, 700)) * np.exp(-np.maximum(log_w, -700)), 1 / (orders - 1))
-        small = np.log(np.maximum((orders - 1) / orders * (np.exp(np.minimum(log_s, 600)) + ratio), 1.0))
-        large = log_s + np.log1p(-1 / orders) + np.exp(-np.maximum(log_w, 0.0))
-        result = np.where(log_s < 600, small, large)
-    return np.maximum(result + 1e-13 * (1 + np.abs(result)), 0.0) * (log_moments > 0)
+        ratio = np.expm1(np.minimum(log_s, 600)) * np.exp(-log_w)
+        centred = np.log(np.maximum((orders - 1) / orders * (np.exp(np.minimum(log_s, 600)) + ratio), 1.0))
+    reliable = (log_excess - np.log(orders) - math.log(delta) < 600) & (log_s < 600)
+    centred = np.where(reliable, centred + 1e-13 * (1 + centred), math.inf)
+    # Where the refinement gains nothing to speak of, the usual formula keeps the digits that other libraries print.
+    result = np.where(centred < (1 - 1e-3) * usual, centred, usual)
+    return np.where(log_moments > 0, np.maximum(result, 0.0), 0.0)
 
 
 class RDPAccountant(IAccountant):
