@@ -31,7 +31,10 @@ class PerSampleGradients(Protocol):
         """Squared l2 norm of every sample's gradient, ``[len(params), batch]``, float32 or better."""
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        """``sum_i weights[i] * grad_i`` per parameter; ``weights`` is ``[batch]`` or ``[len(params), batch]``."""
+        """``sum_i weights[i] * grad_i`` per parameter; ``weights`` is ``[batch]`` or ``[len(params), batch]``.
+
+        A weight of 0 silences a sample even if its gradient is not finite (and 0 * inf would be NaN).
+        """
 
 
 class Materialised:
@@ -45,10 +48,15 @@ class Materialised:
         return stack_rows(rows, self.params, self.batch_size)
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        return [
-            weighted(g, row(weights, i)) if g is not None else zeros_for(p)
-            for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True))
-        ]
+        silenced = bool((weights == 0).any())
+        out = []
+        for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
+            own = row(weights, i)
+            if g is not None and silenced:
+                rows = torch.nonzero(own).flatten()
+                g, own = g[rows.to(g.device)], own[rows]
+            out.append(zeros_for(p) if g is None else weighted(g, own))
+        return out
 
 
 class Joint:
@@ -95,7 +103,7 @@ def squared_norm(grad: Tensor) -> Tensor:
 
 
 def weighted(grad: Tensor, weights: Tensor) -> Tensor:
-    """``sum_i weights[i] * grad[i]`` in float32 or better; a zero weight silences even a non-finite row."""
+    """``sum_i weights[i] * grad[i]`` in float32 or better (a non-finite row has to be left out, not weighted by 0)."""
     dtype = accumulation_dtype(grad.dtype)
     if grad.shape[0] == 0:
         return grad.new_zeros(grad.shape[1:], dtype=dtype)
@@ -164,7 +172,7 @@ def collect(params: Sequence[nn.Parameter]) -> list[PerSampleGradients]:
     if len({len(s) for s in sources}) != 1:
         raise ValueError(
             "Some of the optimizer's parameters saw a different number of backward passes than others "
-            f"({sorted(len(s) for s in sources)}): call zero_grad() between steps, and one backward per model and batch."
+            f"({sorted(map(len, sources))}): call zero_grad() between steps, and one backward per model and batch."
         )
     return [parts[0] if _covers(parts[0], params) else Joint(params, parts) for parts in zip(*sources, strict=True)]
 

@@ -28,7 +28,7 @@ from gsm.optimizer_checks import (
     check_wrapped,
 )
 from gsm.optimizer_interface import Accountant, OptimizerInterface
-from gsm.release import PendingRelease, leave_out_silenced
+from gsm.release import PendingRelease
 from gsm.secure_noise import SecureNoise
 
 CLIPPING: dict[str, type[Clipping]] = {
@@ -166,11 +166,9 @@ class DPOptimizer(OptimizerInterface):
     @torch.no_grad()
     def _clip(self, batch: ledger.PerSampleGradients) -> tuple[Clipped, list[Tensor]]:
         clipped = self.clipping.clip(batch)
-        if not bool((clipped.weights == 0).any()):
-            return clipped, batch.weighted_sum(clipped.weights)
-        live, weights = leave_out_silenced(batch, clipped.weights)
-        sums = live.weighted_sum(weights)
-        check_finite(self, batch.params, sums, clipped.weights)
+        sums = batch.weighted_sum(clipped.weights)
+        if bool((clipped.weights == 0).any()):
+            check_finite(self, batch.params, sums, clipped.weights)
         return clipped, sums
 
     def virtual_step(self, *, loss: Tensor | None = None) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from gsm.clipping import Clipped
-from gsm.ledger import Materialised, PerSampleGradients
 
 
 class PendingRelease:
@@ -64,12 +62,3 @@ class PendingRelease:
             self.sums[p] = total if held is None else held.add_(total)
         if clipped.statistic is not None:
             self.statistic = clipped.statistic if self.statistic is None else self.statistic + clipped.statistic
-
-
-def leave_out_silenced(batch: PerSampleGradients, weights: Tensor) -> tuple[PerSampleGradients, Tensor]:
-    """A sample of weight 0 may hold infinities, and 0 * inf is NaN: its rows are taken out before the sum."""
-    if not isinstance(batch, Materialised):
-        return batch, weights  # captures leave such rows out themselves
-    rows = torch.nonzero(weights if weights.dim() == 1 else weights.amax(0)).flatten()
-    grads = [None if g is None else g[rows.to(g.device)] for g in batch.grads]
-    return Materialised(batch.params, grads, len(rows)), weights[..., rows]
