@@ -16,7 +16,9 @@ from opacus.grad_sample import AbstractGradSampleModule
 from torch import Tensor, nn
 
 from gsm.capture import tensors_in
+from gsm.contributions import Record
 from gsm.ledger import collect
+from gsm.planner import Planner
 from gsm.probe import NoDropout
 from gsm.verify_influence import alone_differs, influence
 from gsm.verify_report import VerificationReport
@@ -127,8 +129,19 @@ def _verify(
     if found is None:
         return
     truth = _loop(plain, batch, loss, rows)
+    settings = {**settings, "loss_reduction": found}
     for mode in report.modes:
-        _compare(report, plain, batch, loss, truth, mode, {**settings, "loss_reduction": found})
+        _compare(report, plain, batch, loss, truth, mode, settings)
+        if mode in ("ghost", "auto"):
+            # Other shapes than these may get the other reading, and a sampler has a function for each.
+            _compare(report, plain, batch, loss, truth, mode, settings, planner=KeepsNothing(mode))
+
+
+class KeepsNothing(Planner):
+    """Reads every norm and every sum from the captured pair."""
+
+    def keeps(self, record: Record, key: object) -> bool:
+        return False
 
 
 def _run(model: nn.Module, batch: Inputs, seed: int = 0) -> Any:
@@ -189,13 +202,20 @@ def _loop(plain: nn.Module, batch: Inputs, loss: Loss, rows: Tensor) -> dict[str
 
 
 def _compare(
-    report: VerificationReport, plain: nn.Module, batch: Inputs, loss: Loss, truth: dict[str, Tensor], mode: str,
+    report: VerificationReport,
+    plain: nn.Module,
+    batch: Inputs,
+    loss: Loss,
+    truth: dict[str, Tensor],
+    mode: str,
     settings: dict[str, Any],
+    planner: Planner | None = None,
 ) -> None:
     """One forward and one backward of a wrapped copy in ``mode``, and its three readings against the truth."""
     rows = torch.arange(batch.size)
     try:
         model = GradSampleModule(copy.deepcopy(plain), mode=mode, **settings)
+        model._tape.planner = planner or model._tape.planner
         loss(_run(model, batch), rows).backward()
         params = [p for _, p in model.trainable_parameters()]
         (captured,) = collect(params)

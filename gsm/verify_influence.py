@@ -37,9 +37,9 @@ def influence(model: nn.Module, batch: Inputs, rtol: float, alone: Any) -> list[
         sample, size = moved
         return [
             f"Samples influence each other, first seen in the output of {path} ({kind}): the values for sample "
-            f"{sample} moved by {size:.2g} (relative) when only sample {changed} was changed, so no clipping bounds what one "
-            "record contributes. Let that layer, or the code in front of it, treat every sample alone (GroupNorm or "
-            "LayerNorm for BatchNorm)."
+            f"{sample} moved by {size:.2g} (relative) when only sample {changed} was changed, so no clipping bounds "
+            "what one record contributes. Let that layer, or the code in front of it, treat every sample alone "
+            "(GroupNorm or LayerNorm for BatchNorm)."
         ]
     return []
 
