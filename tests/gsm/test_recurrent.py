@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
+from gsm.ledger import collect
 from gsm.wrapper import GradSampleModule
 from tests.loop import assert_close_per_sample, per_sample_loop, projection_loss
 
@@ -40,7 +41,7 @@ class Everything(nn.Module):
 
 
 def check(model, inputs, expected=None, *, loss=projection_loss, modes=("hooks", "ghost")):
-    """`grad_sample` and norms in each mode against the loop; returns the wrapped models after their backward."""
+    """`grad_sample`, or norms and a weighted sum, against the loop; returns the wrapped models after their backward."""
     expected = per_sample_loop(model, inputs, loss=loss) if expected is None else expected
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in expected.values()]).norm(dim=0)[None]
     wrapped = []
@@ -52,6 +53,11 @@ def check(model, inputs, expected=None, *, loss=projection_loss, modes=("hooks",
             assert_close_per_sample(found, expected)
         else:
             torch.testing.assert_close(gsm.per_sample_gradient_norms[None], norms, rtol=1e-8, atol=1e-12)
+            names, params = zip(*gsm.trainable_parameters(), strict=True)
+            (captured,) = collect(params)
+            weights = torch.linspace(-0.5, 1.5, captured.batch_size, dtype=torch.float64)
+            sums = dict(zip(names, (total[None] for total in captured.weighted_sum(weights)), strict=True))
+            assert_close_per_sample(sums, {n: torch.tensordot(weights, g, dims=1)[None] for n, g in expected.items()})
         wrapped.append(gsm)
     return wrapped
 
