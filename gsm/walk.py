@@ -140,7 +140,7 @@ class CapturePlan:
         while True:
             root = self.capture.forwards[""]
             try:
-                probe(self.capture, root, args, kwargs, size)
+                probe(self.capture, root, args, kwargs, size, self.strict)
             except Unresolvable as error:
                 self._escalate(error)
             else:

@@ -1,4 +1,4 @@
-"""Random small architectures against the one-sample loop: trees of layers, sharing, freezing, reuse, in-place operations.
+"""Random small architectures against the one-sample loop: sharing, freezing, reuse, in-place operations, odd shapes.
 
 A failing case prints the list of parts it is made of; hypothesis shrinks it. `GSM_FUZZ=n` draws n cases a mode.
 """
@@ -152,7 +152,8 @@ class First(nn.Module):
         return self.layer(x)[0]
 
 
-pieces = st.lists(st.tuples(st.sampled_from(LEAVES), st.sampled_from(["plain", "add", "twice", "checkpoint"])), max_size=4)
+WAYS = ["plain", "add", "twice", "checkpoint"]
+pieces = st.lists(st.tuples(st.sampled_from(LEAVES), st.sampled_from(WAYS)), max_size=4)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost", "auto", "functorch", "loop"])

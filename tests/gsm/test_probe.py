@@ -1,0 +1,123 @@
+"""The probe: layouts from movement, not from sizes; samples that influence each other; nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gsm.layout import Layout
+from gsm.probe import compare, sizes_for
+from gsm.wrapper import GradSampleModule
+from tests.compare import check
+
+
+def test_layouts_are_told_by_what_moves() -> None:
+    a, b = torch.arange(2 * 3.0), torch.arange(5 * 3.0)
+    assert compare(a.view(2, 3), b.view(5, 3), 2, 5) == Layout(0)
+    assert compare(a.view(2, 3).t(), b.view(5, 3).t(), 2, 5) == Layout(1)
+    assert compare(torch.ones(3), torch.ones(3), 2, 5) is None
+    rows, more = torch.randn(2, 4), torch.randn(5, 4)
+    more[:2] = rows
+    assert compare(rows.flatten(), more.flatten(), 2, 5) == Layout(0, "major")
+    assert compare(rows.t().flatten(), more.t().flatten(), 2, 5) == Layout(0, "minor")
+
+
+def test_probe_sizes_are_no_other_dimension_of_the_input() -> None:
+    first, second = sizes_for([torch.zeros(4, 2, 5), torch.zeros(3)])
+    assert len({first, second} | {2, 3, 4, 5}) == 6
+
+
+class SequenceFirstInside(nn.Module):
+    """Positions lead inside: only the probe can know, when there are as many as samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale, self.b = nn.Linear(4, 4), nn.Parameter(torch.randn(4)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.a(x.transpose(0, 1))) * self.scale
+        y = self.b(y.reshape(-1, 4)).view(x.shape[1], x.shape[0], 2)
+        return y.transpose(0, 1)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "functorch", "loop"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_as_many_positions_as_samples(mode: str, size: int) -> None:
+    check(SequenceFirstInside(), torch.randn(size, 3, 4), mode=mode)
+    check(SequenceFirstInside(), torch.randn(3, size, 4), mode=mode)
+
+
+class Mixed(nn.Module):
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.a, self.b = how, nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.how == "centred":
+            h = h - h.mean(0)
+        elif self.how == "functional batch norm":
+            h = F.batch_norm(h, None, None, training=True)
+        elif self.how == "softmax over the batch":
+            h = h.softmax(0)
+        elif self.how == "attention over the batch":
+            h = (h @ h.t()).softmax(-1) @ h
+        elif self.how == "neighbour":
+            h = h + h.roll(1, 0)
+        elif self.how == "largest":
+            h = h / h.abs().amax()
+        return self.b(h) if self.how != "output" else self.b(h) / self.b(h).abs().sum()
+
+
+@pytest.mark.parametrize("size", [2, 4, 7])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "centred",
+        "functional batch norm",
+        "softmax over the batch",
+        "attention over the batch",
+        "neighbour",
+        "largest",
+        "output",
+    ],
+)
+def test_influence_is_refused(how: str, size: int) -> None:
+    with pytest.raises(ValueError, match="influence each other"):
+        GradSampleModule(Mixed(how), mode="ghost")(torch.randn(size, 4))
+
+
+class Counting(nn.Module):
+    """Buffers, random numbers and dropout."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.drop = nn.Linear(4, 4), nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return F.dropout(self.drop(self.fc(x)), 0.3, self.training)
+
+
+def test_the_probe_leaves_no_trace() -> None:
+    torch.manual_seed(1)
+    plain = Counting()
+    wrapped = Counting()
+    wrapped.load_state_dict(plain.state_dict())
+    model = GradSampleModule(wrapped)
+    x = torch.randn(6, 4)
+    torch.manual_seed(2)
+    expected, after = plain(x), torch.rand(3)
+    torch.manual_seed(2)
+    assert torch.equal(model(x), expected)
+    assert torch.equal(torch.rand(3), after)
+    assert wrapped.calls == 1 and wrapped.drop.training
+
+
+def test_not_strict_lets_samples_mix() -> None:
+    GradSampleModule(Mixed("centred"), strict=False)(torch.randn(4, 4)).sum().backward()
