@@ -92,8 +92,8 @@ class CapturePlan:
         p.grad = None
         raise RuntimeError(
             f"{self.tape.names.get(id(p), 'A parameter')} received an ordinary gradient: it was used outside the "
-            "wrapped model's forward (in the loss, say), so that share of its per-sample gradient is unknown. Compute it "
-            "inside the model's forward, or freeze the parameter."
+            "wrapped model's forward (in the loss, say), so that share of its per-sample gradient is unknown. Compute "
+            "it inside the model's forward, or freeze the parameter."
         )
 
     def described(self) -> Plan:
