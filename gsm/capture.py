@@ -7,6 +7,8 @@ it puts the tracked parameters in the modules' places and takes them out again, 
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -34,6 +36,11 @@ class CapturedForward:
         self.module, self.capture, self.runner = module, capture, runner
         self.previous: Any = module.__dict__.get("forward")
         self.bypass = False
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the forward it stands for: transformers' `generate` and `Trainer` look at it."""
+        return inspect.signature(self.previous or types.MethodType(type(self.module).forward, self.module))
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that was there before."""

@@ -88,9 +88,10 @@ def test_equals_the_models_own_loss_for_a_batch_of_one(case):
     for i in range(BATCH):
         one = {name: value[i : i + 1] for name, value in labels.items()}
         own = model(input_ids=ids[i : i + 1], **one).loss
-        torch.testing.assert_close(got[i], own, rtol=1e-8, atol=1e-10)
+        single = own.dtype == torch.float32  # causal models compute their loss in float32, whatever their own type
+        torch.testing.assert_close(got[i], own.double(), rtol=1e-6 if single else 1e-8, atol=0)
     if case in ("tokens", "masked", "causal", "seq2seq"):
-        assert not torch.allclose(got.mean(), outputs.loss, rtol=1e-4), (
+        assert not torch.allclose(got.mean(), outputs.loss.double(), rtol=1e-4), (
             "the batch's own mean weighs tokens, not samples"
         )
 
