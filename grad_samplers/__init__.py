@@ -16,6 +16,7 @@ from grad_samplers.registry import (
     register_norm_sampler,
     register_weighted_sampler,
     registered,
+    sampler_of,
     unregister,
 )
 
@@ -37,6 +38,7 @@ __all__ = [
     "register_norm_sampler",
     "register_weighted_sampler",
     "registered",
+    "sampler_of",
     "unregister",
     "weighted_sum",
 ]

@@ -151,7 +151,8 @@ def _imported(dotted: str) -> type | None:
     return found if isinstance(found, type) else None
 
 
-def _entry(cls: type) -> Sampler | None:
+def sampler_of(cls: type) -> Sampler | None:
+    """The sampler registered for exactly this class, or None."""
     return _SAMPLERS.get(cls) or _SAMPLERS.get(_dotted(cls))
 
 
@@ -171,7 +172,7 @@ def lookup(layer: nn.Module) -> Sampler | None:
         <class 'torch.nn.modules.linear.Linear'>
     """
     for cls in type(layer).__mro__:
-        sampler = _entry(cls)
+        sampler = sampler_of(cls)
         if sampler is not None and _same_behaviour(layer, cls):
             return sampler
     return None
@@ -182,7 +183,7 @@ def reason_unsupported(layer: nn.Module) -> str | None:
     name = type(layer).__qualname__
     sampler = lookup(layer)
     if sampler is None:
-        parents: Sequence[type] = [cls for cls in type(layer).__mro__ if _entry(cls) is not None]
+        parents: Sequence[type] = [cls for cls in type(layer).__mro__ if sampler_of(cls) is not None]
         if not parents:
             return f"no sampler is registered for {name}"
         return f"{name} does not run the forward of {parents[0].__qualname__}, whose sampler would otherwise cover it"

@@ -142,6 +142,19 @@ def tape_of(param: nn.Parameter) -> Tape | None:
     return _TAPES.get(param)
 
 
+def _by_tape(params: Sequence[nn.Parameter]) -> list[tuple[Tape, list[nn.Parameter]]]:
+    """The tapes of these parameters, each with its own."""
+    first = tape_of(params[0]) if params else None
+    if first is not None and first.holds(params):  # nearly always: one model, one optimizer
+        return [(first, list(params))]
+    found: dict[int, tuple[Tape, list[nn.Parameter]]] = {}
+    for p in params:
+        tape = tape_of(p)
+        if tape is not None:
+            found.setdefault(id(tape), (tape, []))[1].append(p)
+    return list(found.values())
+
+
 def collect(params: Sequence[nn.Parameter]) -> list[PerSampleGradients]:
     """Everything captured for ``params`` since the last :func:`discard`, one entry per physical batch.
 
@@ -155,15 +168,10 @@ def collect(params: Sequence[nn.Parameter]) -> list[PerSampleGradients]:
     params = list(params)
     sources: list[list[PerSampleGradients]] = []
     held = [p for p in params if getattr(p, "grad_sample", None) is not None]
-    tapes: dict[int, Tape] = {}
-    for p in params:
-        tape = tape_of(p)
-        if tape is not None:
-            tapes[id(tape)] = tape
     if held:
         sources.append(_from_attributes(held))
-    for tape in tapes.values():
-        own = [p for p in params if tape_of(p) is tape and getattr(p, "grad_sample", None) is None]
+    for tape, own in _by_tape(params):
+        own = [p for p in own if getattr(p, "grad_sample", None) is None] if held else own
         groups = [g for g in tape.groups if g.delivered and g.holds_any(own)]
         if groups:
             sources.append([g.view(own) for g in groups])
@@ -200,12 +208,8 @@ def _from_attributes(params: list[nn.Parameter]) -> list[PerSampleGradients]:
 
 def discard(params: Sequence[nn.Parameter]) -> None:
     """Forgets everything captured for ``params``: their gradients were used, or zero_grad() was called."""
-    tapes: dict[int, Tape] = {}
     for p in params:
         if getattr(p, "grad_sample", None) is not None:
             p.grad_sample = None  # type: ignore[attr-defined]
-        tape = tape_of(p)
-        if tape is not None:
-            tapes[id(tape)] = tape
-    for tape in tapes.values():
-        tape.discard(params)
+    for tape, own in _by_tape(params):
+        tape.discard(own)

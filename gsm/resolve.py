@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grad_samplers import Sampler, registered
+from grad_samplers import Sampler, sampler_of
 from grad_samplers.functional import Call, bind, known
 from gsm.contributions import Record
 from gsm.functions import Expand, Tap
-from gsm.groups import Group
 from gsm.layout import BATCH_FIRST, Layout, Unresolvable
 from gsm.tape import Pass, Tape
 from gsm.tracked import SHAPE_ONLY, Tracked, apply_to_values, tracked_in
@@ -144,7 +143,9 @@ def known_call(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kw
 
     parameters, targets = _placeholders(call)
     layer = call.stand_in(**parameters)
-    sampler = registered()[call.layer_type]
+    sampler = sampler_of(call.layer_type)
+    if sampler is None:
+        raise unresolvable(tracked, name, f": the sampler of {call.layer_type.__name__} was removed")
     reason = sampler.supports(layer) if sampler.supports else None
     if reason:
         raise unresolvable(tracked, name, f": {reason}")
@@ -241,7 +242,7 @@ def expanded(active: Pass, target: Tracked) -> Tensor:
 
 
 def aligned(active: Pass, target: Tracked, name: str, dim: int, layout: Layout, positions: int = 1) -> Tensor:
-    """``target``, one copy per sample, shaped to broadcast against a tensor whose batch is at ``dim`` < 0 from the end."""
+    """``target``, one copy per sample, shaped to broadcast against a tensor with its batch at ``dim`` < 0 from the end."""
     n, copies = target.dim(), expanded(active, target)
     if n < -dim:
         copies = copies.reshape(active.batch_size, *[1] * (-dim - 1 - n), *target.shape)

@@ -66,6 +66,7 @@ class Tape:
         self.layouts: dict[tuple[str, int], Layout | None] = {}
         self.active: Pass | None = None
         self.enabled = True
+        self.live = True  # until the capture is removed
         self.inside: str | None = None  # the subtree that is running as a whole, if one is
         self.after_backward: list[Callable[[], None]] = []
         self._task = -1
@@ -159,6 +160,11 @@ class Tape:
             callback()
 
     # -- afterwards ------------------------------------------------------------------------------------------------
+
+    def holds(self, params: Sequence[nn.Parameter]) -> bool:
+        """Whether all of ``params`` are captured by this tape."""
+        names = self.names
+        return self.live and all(id(p) in names and p.requires_grad for p in params)
 
     def discard(self, params: Sequence[nn.Parameter]) -> None:
         """Forgets what was delivered for ``params``; forwards whose backward is still to come stay."""

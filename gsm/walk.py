@@ -189,7 +189,7 @@ class CapturePlan:
 
     def close(self) -> None:
         self._detach()
-        self.tape.groups = []
+        self.tape.groups, self.tape.live = [], False
 
 
 def _state(params: list[nn.Parameter]) -> list[tuple[bool, int]]:
