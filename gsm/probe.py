@@ -113,7 +113,8 @@ def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0) -
         if dim is None:
             preferred = 0 if batch_first or x.dim() < 2 else 1
             dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
-        out = torch.stack([_changed(x.select(dim, i % size), i // size) for i in turns], dim)
+        # In their order, the last one repeated: lengths that were sorted stay sorted.
+        out = torch.stack([_changed(x.select(dim, min(i, size - 1)), max(0, i - size + 1)) for i in turns], dim)
         return out.detach().requires_grad_(x.requires_grad) if x.is_floating_point() else out
 
     return tree_map(pick, value, is_leaf=lambda x: isinstance(x, PackedSequence))
