@@ -60,7 +60,7 @@ def directions(segments: Sequence[Segment]) -> list[Parts]:
 def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0.0) -> float:
     """Epsilon at ``delta`` for one direction; or, if that is found to be below ``enough`` already at first sight, some bound below it."""
     cumulants = Cumulants(parts, negligible(parts, delta))
-    tilts, epsilon, slope, found = _scout(parts, cumulants, delta)
+    tilts, epsilon, slope, found = scout(parts, cumulants, delta)
     if found <= enough:
         return found if upper else 0.0
     saddle_epsilon = cumulants.three(tilts[0])[1]
@@ -95,7 +95,7 @@ def _by_jumps(
     return None if answer is None or math.isinf(answer[0]) else answer[0]
 
 
-def _scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float], float, float, float]:
+def scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float], float, float, float]:
     """Tilts worth considering, the epsilon to expect, the slope there, and an upper bound (inf if none was found).
 
     The saddle point is all that is needed while the tilted law is bell-shaped. Where single large losses matter as much as the sum of
