@@ -44,6 +44,7 @@ class Layout:
 
 
 BATCH_FIRST = Layout(0)
+UNKNOWN = Layout(-1)  # the probe saw the tensor and could not tell
 BATCH_SECOND = Layout(1)
 
 

@@ -19,10 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from gsm.capture import Capture, CapturedForward, tensors_in
-from gsm.layout import Layout
+from gsm.layout import UNKNOWN, Layout
 
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
-_UNKNOWN = object()
 
 
 class SamplesInfluenceEachOther(ValueError, NotImplementedError):
@@ -158,34 +157,33 @@ def probe(
         if y is None:
             continue
         layout = compare(x, y, first, second)
-        if layout is not _UNKNOWN:
-            tape.layouts[key] = layout  # type: ignore[assignment]
-            if strict:
-                _check_influence(x, y, first, second, layout, key[0])  # type: ignore[arg-type]
+        tape.layouts[key] = layout
+        if strict:
+            _check_influence(x, y, first, second, layout, key[0])
     pairs = zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False)
     for x, y in pairs:
         layout = compare(x, y, first, second)
-        if strict and isinstance(layout, Layout):
+        if strict:
             _check_influence(x, y, first, second, layout, "the model's output")
 
 
-def compare(x: Tensor, y: Tensor, first: int, second: int) -> Any:
-    """The layout shown by one tensor at two batch sizes; None for no batch, a sentinel if nothing fits."""
+def compare(x: Tensor, y: Tensor, first: int, second: int) -> Layout | None:
+    """The layout shown by one tensor at two batch sizes; None for no batch, `UNKNOWN` if nothing fits."""
     if x.dim() != y.dim():
-        return _UNKNOWN
+        return UNKNOWN
     moved = [i for i in range(x.dim()) if x.shape[i] != y.shape[i]]
     if not moved:
         return None
     dim = moved[0]
-    if len(moved) == 1 and (x.shape[dim], y.shape[dim]) == (first, second):
-        return Layout(dim)
+    exact = [i for i in moved if (x.shape[i], y.shape[i]) == (first, second)]
+    if len(exact) == 1:  # others may move with the samples' lengths
+        return Layout(exact[0])
     if len(moved) == 1 and x.shape[dim] % first == 0 and x.shape[dim] // first * second == y.shape[dim]:
         for flat in ("major", "minor"):
             layout = Layout(dim, flat)
             if x.is_meta or _same(layout.to_front(x, first)[0], layout.to_front(y, second)[0]):
                 return layout
-        return Layout(dim, "major")
-    return _UNKNOWN
+    return UNKNOWN
 
 
 def _same(x: Tensor, y: Tensor) -> bool:
@@ -201,9 +199,10 @@ def _same(x: Tensor, y: Tensor) -> bool:
 
 
 def _check_influence(x: Tensor, y: Tensor, first: int, second: int, layout: Layout | None, site: str) -> None:
-    if layout is None or x.is_meta:
+    if layout is None or layout is UNKNOWN or x.is_meta:
         return
-    if not _same(layout.to_front(x, first)[0], layout.to_front(y, second)[0]):
+    one, other = layout.to_front(x, first)[0], layout.to_front(y, second)[0]
+    if one.shape == other.shape and not _same(one, other):
         raise SamplesInfluenceEachOther(
             f"Samples influence each other before {site.replace(':', ' is used by ')}: the values for one sample "
             "changed when only other samples of the batch did. Batch statistics, a loss or a router over the whole "

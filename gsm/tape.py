@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gsm import drawn
 from gsm.contributions import Contribution, Dense, Paired, Pulled, Record
 from gsm.groups import Group
-from gsm.layout import Layout, guess
+from gsm.layout import UNKNOWN, Layout, Unresolvable, guess
 
 if TYPE_CHECKING:
     from gsm.planner import Planner
@@ -40,7 +40,9 @@ class Pass:
         if self.log is not None:
             self.log[site, visit] = x.detach()
         known = self.tape.layouts.get((site, visit), Ellipsis)
-        if known is not Ellipsis and _fits(known, x, self.batch_size):
+        if known is UNKNOWN and batch_dim is None and list(x.shape).count(self.batch_size) != 1:
+            raise Unresolvable(f"a tensor of shape {tuple(x.shape)} holds the samples in a way that shapes do not show")
+        if known is not Ellipsis and known is not UNKNOWN and _fits(known, x, self.batch_size):  # type: ignore[arg-type]
             return known  # type: ignore[return-value]
         first = self.tape.batch_first
         return guess(tuple(x.shape), self.batch_size, depends=x.requires_grad, batch_first=first, batch_dim=batch_dim)
