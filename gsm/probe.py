@@ -51,20 +51,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
     # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
-    hidden = [(m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
+    hidden: list[tuple[Any, float]] = [
+        (m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
+    ]
     devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
     try:
         for m in dropouts:
             m.training = False
-        for m, _ in hidden:
-            m.dropout = 0.0
+        for layer, _ in hidden:
+            layer.dropout = 0.0
         with torch.random.fork_rng(devices=devices), NoDropout():
             yield
     finally:
         for m in dropouts:
             m.training = True
-        for m, p in hidden:
-            m.dropout = p
+        for layer, p in hidden:
+            layer.dropout = p
         with torch.no_grad():
             for b, before in buffers:
                 if b.shape == before.shape:

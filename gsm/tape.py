@@ -140,8 +140,8 @@ class Tape:
     def _mark(self, group: Group) -> None:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "Per-sample gradients of a backward with create_graph=True are not defined: the gradients captured would "
-                "be those of the inner derivative. Compute gradient penalties outside the wrapped model."
+                "Per-sample gradients of a backward with create_graph=True are not defined: what is captured would be "
+                "the gradients of the inner derivative. Compute gradient penalties outside the wrapped model."
             )
         group.delivered = True
         if not any(g is group for g in self.groups):
