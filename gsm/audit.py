@@ -24,8 +24,8 @@ from gsm.audit_report import AuditReport
 from gsm.wrapper import GradSampleModule, _strip
 
 CHUNK = 256  # canaries whose gradients exist at a time
-# Up to this many numbers, all canaries' gradients are kept for one joint guess (and up to so many canaries).
-JOINT_ENTRIES, JOINT_CANARIES = 1 << 26, 4096
+# A joint estimate costs canaries^2 * entries multiplications and canaries * entries numbers per release: up to so many.
+JOINT_WORK, JOINT_ENTRIES = 1 << 34, 1 << 26
 
 
 class CanaryAudit:
@@ -109,7 +109,8 @@ class CanaryAudit:
         """Adds one release to the scores: ``p.grad`` is the noisy gradient, the parameters have not moved yet."""
         noisy = [p.grad for _, p in self._plain.named_parameters() if p.requires_grad]
         released = torch.cat([g.detach().flatten().double().cpu() for g in noisy if g is not None])
-        joint = self.count <= JOINT_CANARIES and self.count * released.numel() <= JOINT_ENTRIES
+        entries = self.count * released.numel()
+        joint = entries <= JOINT_ENTRIES and entries * self.count <= JOINT_WORK
         directions, scores = [], []
         with torch.random.fork_rng(), torch.enable_grad():
             shadow, params = self._shadow()
@@ -135,13 +136,14 @@ class CanaryAudit:
         shadow = GradSampleModule(plain, mode="hooks", loss_reduction="sum")
         return shadow, [p for p in plain.parameters() if p.requires_grad]
 
-    def _directions(self, shadow: Any, params: list[nn.Parameter], rows: range) -> Tensor:
+    def _directions(self, shadow: Any, params: list[Any], rows: range) -> Tensor:
         """``g_i / ||g_i||`` for the canaries in ``rows``, ``[len(rows), entries of params]``, float64."""
         losses = self.loss(shadow, self._batch(rows, params[0].device))
         if losses.shape != (len(rows),):
             raise ValueError(f"loss must return one entry per canary, [{len(rows)}], got {tuple(losses.shape)}")
         losses.sum().backward()
-        grads = torch.cat([p.grad_sample.detach().flatten(1).double().cpu() for p in params], 1)  # type: ignore[attr-defined]
+        grad_samples: list[Tensor] = [p.grad_sample for p in params]
+        grads = torch.cat([g.detach().flatten(1).double().cpu() for g in grad_samples], 1)
         shadow.set_grad_sample_to_none()
         return torch.nn.functional.normalize(grads.nan_to_num(0.0, 0.0, 0.0), dim=1)
 
