@@ -26,17 +26,17 @@ demo: $(VENV)/.installed
 
 test: lint types unit
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.installed-transformers
 	$(BIN)/ruff check .
 
-types: $(VENV)/.installed
+types: $(VENV)/.installed-transformers
 	$(BIN)/mypy
 
-unit: $(VENV)/.installed
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term --ignore=tests/transformers
+unit: $(VENV)/.installed-transformers
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 
 test-transformers: $(VENV)/.installed-transformers
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/transformers
+	GSM_SWEEP=all $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/transformers
 
 benchmark-quick: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --quick

@@ -6,7 +6,7 @@ embedding adds `e_t` to row `x_t`. With U, E the sums of either kind:
 
     |U + E|^2 = |U|^2 + |E|^2 + 2 sum_{s,t} u_s[x_t] <h_s, e_t>
 
-where several uses of one kind are one use with the positions concatenated. Index letters as in `linear` and `embedding`:
+where several uses of one kind are one use with the positions concatenated. Index letters, as in `linear`:
 B samples, S and T positions, V rows, d columns.
 """
 

@@ -138,7 +138,7 @@ class Capture:
     def open(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a forward as a pass of its own."""
         recomputed = torch._C._current_graph_task_id() != -1 and self.tape.groups
-        if recomputed:  # activation checkpointing: a piece of the forward again, whose input may hold the batch anywhere
+        if recomputed:  # activation checkpointing: a piece of the forward again, its batch anywhere
             return self.run_pass(forward, args, kwargs, self.tape.groups[-1].batch_size)
         size = batch_size(args, kwargs, self.tape.batch_first)
         if size is None:

@@ -5,7 +5,7 @@ their weighted sum are one pass over memory each. A kept pair costs the captured
 computed from them. Which is better depends on the layer and its shapes, so it is decided layer by layer:
 
 * ``ghost``: whatever takes less memory;
-* ``auto``: whatever takes less time, as long as what is kept at the end of the backward is not more than the activations
+* ``auto``: whatever takes less time, as long as what is kept at the backward's end is not more than the activations
   that the non-private step holds at its beginning, and a tenth. (A backward frees activations while it keeps gradients,
   so those two ends are its peaks.)
 
@@ -72,7 +72,7 @@ class Planner:
         return choice.keep
 
     def settle(self) -> None:
-        """After a backward that showed new layers or shapes: spends the budget where it saves the most time per byte."""
+        """After a backward that showed new layers or shapes: spends the budget where it saves most per byte."""
         if self._settled:
             return
         self._settled = True

@@ -242,7 +242,7 @@ def expanded(active: Pass, target: Tracked) -> Tensor:
 
 
 def aligned(active: Pass, target: Tracked, name: str, dim: int, layout: Layout, positions: int = 1) -> Tensor:
-    """``target``, one copy per sample, shaped to broadcast against a tensor with its batch at ``dim`` < 0 from the end."""
+    """``target``, one copy per sample, shaped to broadcast against a tensor whose batch is at ``dim`` < 0."""
     n, copies = target.dim(), expanded(active, target)
     if n < -dim:
         copies = copies.reshape(active.batch_size, *[1] * (-dim - 1 - n), *target.shape)

@@ -19,7 +19,7 @@ def shared_squared_norms(held: Sequence[Contribution]) -> Tensor | None:
 
 
 def _use(c: Contribution) -> sharing.Outer | sharing.Rows | None:
-    """A contribution as a use of the leaf's matrix: of a linear layer (perhaps of its transpose), or of an embedding."""
+    """A contribution as a use of the leaf's matrix by a linear layer (perhaps transposed) or an embedding."""
     transposed = False
     if isinstance(c, Pulled):
         if not _is_transpose(c.value, c.leaf) and not _is_same(c.value, c.leaf):

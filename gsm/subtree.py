@@ -203,8 +203,8 @@ def _joined(out: Tensor, layouts: list[Layout | None], active: Pass, path: str, 
     dim = layout.dim
     if out.dim() < 2 + dim or out.shape[1 + dim] != 1 or layout.flat:
         raise NotPerSample(
-            f"{path or 'the model'} ({', '.join(tracked)}): its output of shape {tuple(out.shape[1:])} for one sample has "
-            "no batch dimension",
+            f"{path or 'the model'} ({', '.join(tracked)}): its output of shape {tuple(out.shape[1:])} for one sample "
+            "has no batch dimension",
             subtree=path,
         )
     return out.squeeze(1 + dim).movedim(0, dim)

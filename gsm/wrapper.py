@@ -129,7 +129,7 @@ class GradSampleModule(AbstractGradSampleModule):
         if any(isinstance(h, list) and len(h) > 1 for h in held) or sum(g.delivered for g in self._tape.groups) > 1:
             raise ValueError(
                 "Poisson sampling is not compatible with grad accumulation. You need to call optimizer.step() after "
-                "every forward/backward pass, or split logical batches with max_physical_batch_size= (or BatchMemoryManager)."
+                "every forward/backward pass, or split logical batches with max_physical_batch_size=."
             )
 
     # -- what a user looks at ----------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ class GradSampleModule(AbstractGradSampleModule):
                 return getattr(self._module, item)
             except AttributeError:
                 raise AttributeError(
-                    f"neither {type(self).__name__} nor the {type(self._module).__name__} it wraps has an attribute {item!r}"
+                    f"neither {type(self).__name__} nor its {type(self._module).__name__} has an attribute {item!r}"
                 ) from None
 
     # -- copies ------------------------------------------------------------------------------------------------------
