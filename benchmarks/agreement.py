@@ -7,6 +7,7 @@ workload; so every table says what agreed. In float64, on the small problem.
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,6 +72,7 @@ def compare(workload: Workload, columns: Sequence[str]) -> list[Agreement]:
                     result.error, result.dtype = _error(column, workload, dtype), dtype
                 except Exception as error:  # noqa: BLE001 - whatever a peer raises is a result
                     result.failure = result.failure or reason(error)
+        gc.collect()  # a wrapped model refers to itself
         if column != BASE:
             out.append(result)
     return out

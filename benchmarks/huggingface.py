@@ -31,7 +31,7 @@ def gpt2(*, vocab: int, width: int, layers: int, heads: int, positions: int) -> 
 
     config = GPT2Config(
         vocab_size=vocab, n_embd=width, n_layer=layers, n_head=heads, n_positions=positions,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return Logits(GPT2LMHeadModel(config), places=True)
 

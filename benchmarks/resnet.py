@@ -51,10 +51,11 @@ def small_resnet(width: int = 32, classes: int = 10) -> nn.Sequential:
     )  # fmt: skip
 
 
-def resnet50(classes: int = 1000) -> nn.Sequential:
+def resnet50(width: int = 64, depths: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000) -> nn.Sequential:
     """`[B, 3, H, W]` to `[B, classes]`: He et al. 2015, batch normalisation replaced by group normalisation."""
-    stages = _stages(64, [256, 512, 1024, 2048], [3, 4, 6, 3], bottleneck=True)
+    widths = [4 * width * 2**i for i in range(len(depths))]
+    stages = _stages(width, widths, list(depths), bottleneck=True)
     return nn.Sequential(
-        conv(3, 64, 7, 2), norm(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1), stages,
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, classes),
+        conv(3, width, 7, 2), norm(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1), stages,
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], classes),
     )  # fmt: skip

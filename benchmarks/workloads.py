@@ -77,8 +77,8 @@ def _resnet(width: int, batch: int) -> Problem:
     return _images(resnet.small_resnet(width), batch, 3, 32, 32)
 
 
-def _resnet50(image: int, batch: int) -> Problem:
-    return _images(resnet.resnet50(), batch, 3, image, image, classes=1000)
+def _resnet50(image: int, batch: int, **size: Any) -> Problem:
+    return _images(resnet.resnet50(**size), batch, 3, image, image)
 
 
 def _ids(model: nn.Module, vocab: int, batch: int, length: int, classes: int | None) -> Problem:
@@ -162,7 +162,8 @@ ACCELERATOR = [
              {"layers": 12, "width": 768, "batch": 64, "image": 224, "patch": 16, "classes": 1000},
              {"layers": 1, "width": 64, "batch": 2, "image": 32, "patch": 16}, suite="accelerator"),
     Workload("resnet50", "ResNet-50 with GroupNorm, 224x224", _resnet50,
-             {"image": 224, "batch": 64}, {"image": 32, "batch": 2}, suite="accelerator"),
+             {"image": 224, "batch": 64},
+             {"image": 32, "batch": 2, "width": 8, "depths": (1, 1), "classes": 10}, suite="accelerator"),
     Workload("lm-1b-layer", "Transformer LM, 4 layers d=2048, vocabulary 32000, T=1024", _lm,
              {"layers": 4, "width": 2048, "length": 1024, "batch": 8, "vocab": 32000},
              {"layers": 1, "width": 16, "length": 6, "batch": 2, "vocab": 30}, suite="accelerator"),
