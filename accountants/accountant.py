@@ -1,6 +1,7 @@
 """What every accountant is: a history of steps, the assumptions under which it is read, and the cost of it.
 
-The interface is Opacus's ``IAccountant`` (1.6), so an accountant of either library serves the other's optimizers and its
+The interface is Opacus's ``IAccountant`` (1.6), so an accountant of either library serves the other's optimizers and
+its
 state dict loads in the other's accountant of the same name.
 """
 
@@ -21,7 +22,8 @@ class IAccountant(abc.ABC):
 
     Args:
         sampling: how batches were drawn, one of :data:`accountants.assumptions.SAMPLINGS`; "poisson" by default.
-        relation: which data sets are neighbours, one of :data:`accountants.assumptions.RELATIONS`; "add_remove" by default.
+        relation: which data sets are neighbours, one of :data:`accountants.assumptions.RELATIONS`; "add_remove" by
+        default.
 
     ``history`` is a plain list of ``(noise_multiplier, sample_rate, num_steps)``: append to it, assign it, save it.
 

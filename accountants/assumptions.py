@@ -1,32 +1,36 @@
 r"""What a number rests on: how the batches were drawn, and which data sets count as neighbours.
 
 An epsilon without these two is not a statement. The default, Poisson sampling and neighbours that differ by one record
-added or removed, is what Opacus, jax_privacy and most papers mean. What is certified here, for a Gaussian mechanism of noise
+added or removed, is what Opacus, jax_privacy and most papers mean. What is certified here, for a Gaussian mechanism
+of noise
 multiplier :math:`\sigma` (noise over the bound on one record's contribution):
 
 =================  ============================  =======================================================================
 sampling           relation                      mechanism whose privacy loss is composed
 =================  ============================  =======================================================================
-poisson            add_remove, zero_out          :math:`(1-q)N(0,\sigma^2)+qN(1,\sigma^2)` against :math:`N(0,\sigma^2)`,
+poisson            add_remove, zero_out          :math:`(1-q)N(0,\sigma^2)+qN(1,\sigma^2)` against
+:math:`N(0,\sigma^2)`,
                                                  both directions (Zhu, Dong and Wang 2022, Theorem 11)
-poisson            replace_one                   the single-step curve with sensitivity 2 for every threshold, see below
-fixed_size         replace_one, zero_out         the same curve, q = batch size / number of records
+poisson            replace_one                   :math:`(1-q)N(0,\sigma^2)+qN(\pm1,\sigma^2)` against each other:
+:mod:`accountants.replace`
 shuffled, cyclic   zero_out, replace_one         Gaussian: a record takes part once per epoch, whatever the order
 unsampled          all three                     Gaussian with q = 1: a record may take part in every step
+fixed_size         none                          refused: see below
 =================  ============================  =======================================================================
 
-Why the fourth column bounds the others. *Poisson and fixed-size batches under replace-one*: write both output laws as
-:math:`(1-q)\omega_0+q\mu_1` and :math:`(1-q)\omega_0+q\mu_1'`, batches without and with the record. Advanced joint convexity
-(Balle, Barthe and Gaboardi 2018, Theorem 2) gives, at :math:`\alpha'=1+q(\alpha-1)\ge1`,
-:math:`D_{\alpha'}\le q\max(D_\alpha(\mu_1\|\omega_0),D_\alpha(\mu_1\|\mu_1'))`, and both are at most the Gaussian curve for
-sensitivity 2 (for Poisson: 1 and 2; fixed size, by exchanging the record for another of the data set: 2 and 2).
-The result is the curve of the subsampled Gaussian in the removing direction with :math:`\sigma/2`. The relation is symmetric, so
-:math:`D_\alpha = 1-\alpha+\alpha D_{1/\alpha}` extends it to :math:`\alpha<1`; the extension is convex, hence the curve of a
-pair of distributions, hence composes (Zhu, Dong and Wang 2022, Theorem 10). For q = 1 it is the Gaussian with sensitivity 2.
-*Shuffled and cyclic*: for a fixed order the steps a record takes part in are fixed and the others do not depend on it; a random
-order chosen without looking at the data is a mixture of such mechanisms, and the hockey-stick divergence is jointly convex.
-No amplification by shuffling is claimed; Poisson accounting of shuffled batches can be far below the truth (Chua et al. 2024,
+*Shuffled and cyclic*: for a fixed order the steps a record takes part in are fixed and the others do not depend on
+it; a random
+order chosen without looking at the data is a mixture of such mechanisms, and the hockey-stick divergence is jointly
+convex.
+No amplification by shuffling is claimed; Poisson accounting of shuffled batches can be far below the truth (Chua et
+al. 2024,
 "How private are DP-SGD implementations?"), so it is not offered under that name.
+*Exchanged records* without sampling move the sum by up to twice the bound, hence :math:`\sigma/2`.
+*Fixed size*: the single-step curve is known for thresholds above one only (Balle, Barthe and Gaboardi 2018), and
+composing its pair is not
+proven to bound the composition (Lebeda et al. 2024, "Avoiding pitfalls for privacy accounting of subsampled
+mechanisms under
+composition"). Use "unsampled", which holds for any batches.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ RELATIONS = {
 
 @dataclass(frozen=True)
 class Segment:
-    """``steps`` equal steps. ``kind``: "subsampled" (add or remove, both directions) or "symmetric" (replace-one)."""
+    """``steps`` equal steps. ``kind``: "subsampled" (a record added or removed) or "replaced" (exchanged)."""
 
     noise_multiplier: float
     sample_rate: float
@@ -73,9 +77,16 @@ def check_assumptions(sampling: str, relation: str) -> None:
         raise ValueError(f"sampling must be one of {sorted(SAMPLINGS)}, got {sampling!r}")
     if relation not in RELATIONS:
         raise ValueError(f"relation must be one of {sorted(RELATIONS)}, got {relation!r}")
-    if relation == "add_remove" and sampling in ("fixed_size", "shuffled", "cyclic"):
+    if sampling == "fixed_size":
         raise ValueError(
-            f"no epsilon can be certified for sampling={sampling!r} under relation='add_remove': adding a record changes "
+            "no epsilon can be certified for batches of fixed size drawn without replacement: the composed bound is "
+            "not "
+            "proven. Use Poisson sampling, or sampling='unsampled', which holds for any batches"
+        )
+    if relation == "add_remove" and sampling in ("shuffled", "cyclic"):
+        raise ValueError(
+            f"no epsilon can be certified for sampling={sampling!r} under relation='add_remove': adding a record "
+            "changes "
             "which batches the others are in. Use relation='zero_out' or 'replace_one', or sampling='unsampled'"
         )
 
@@ -92,13 +103,16 @@ def segments(history: Sequence[Sequence[Any]], sampling: str, relation: str) -> 
     """
     check_assumptions(sampling, relation)
     entries = checks.history(history)
-    shrink = 2.0 if relation == "replace_one" or (sampling == "fixed_size" and relation == "zero_out") else 1.0
     if sampling in ("shuffled", "cyclic"):
         entries = _participations(entries)
     if sampling == "unsampled":
         entries = [(sigma, 1.0, count) for sigma, _, count in entries]
-    kind = "symmetric" if shrink == 2.0 else "subsampled"
-    return _merge_gaussians([Segment(sigma / shrink, q, count, kind) for sigma, q, count in entries])
+    if relation != "replace_one":
+        return _merge_gaussians([Segment(*entry) for entry in entries])
+    # An exchanged record that is in every batch moves the sum by twice the bound.
+    return _merge_gaussians(
+        [Segment(s, q, n, "replaced") if q < 1 else Segment(s / 2, q, n, "replaced") for s, q, n in entries]
+    )
 
 
 def combined_noise_multiplier(noise_multipliers: Sequence[float]) -> float:
@@ -108,9 +122,11 @@ def combined_noise_multiplier(noise_multipliers: Sequence[float]) -> float:
         noise_multipliers: of each sum released in the same step, each relative to that sum's own sensitivity.
 
     Returns:
-        :math:`(\sum_i \sigma_i^{-2})^{-1/2}`, exact, not an approximation: scale each released sum by its noise's standard
+        :math:`(\sum_i \sigma_i^{-2})^{-1/2}`, exact, not an approximation: scale each released sum by its noise's
+        standard
         deviation; together they are one vector with unit noise in every direction, and one record moves it by at most
-        :math:`\sqrt{\sum_i \sigma_i^{-2}}`. This holds whatever else is sampled, as both use the same batch. (Andrew et al.
+        :math:`\sqrt{\sum_i \sigma_i^{-2}}`. This holds whatever else is sampled, as both use the same batch. (Andrew
+        et al.
         2021, "Differentially private learning with adaptive clipping", Theorem 1, is the case of two.)
 
     Example:

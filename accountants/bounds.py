@@ -13,8 +13,20 @@ from .compose import Curve, Spectrum
 from .jumps import epsilon_by_jumps
 from .lattice import Lattice, optimistic, pessimistic
 from .pairs import Pair, SubsampledGaussian
-from .plan import Cumulants, Parts, Plan, choose, log_allowed, log_noise, make_plan, saddle_for_delta, saddle_for_epsilon, tolerance
+from .plan import (
+    Cumulants,
+    Parts,
+    Plan,
+    choose,
+    log_allowed,
+    log_noise,
+    make_plan,
+    saddle_for_delta,
+    saddle_for_epsilon,
+    tolerance,
+)
 from .rdp import best_epsilon
+from .replace import ReplacedGaussian
 
 REFINE_LOWER = 4.0  # the optimistic lattice merges six points, so it needs a finer mesh for the same error
 MANY = 8  # segments: above, one coarse composition is not cheap
@@ -50,7 +62,9 @@ def delta_bound(segments: Sequence[Segment], epsilon: float, upper: bool) -> flo
 
 
 def directions(segments: Sequence[Segment]) -> list[Parts]:
-    """The composed pairs to look at: a record removed, and a record added."""
+    """The composed pairs to look at: a record removed and a record added, or (the relation is symmetric) exchanged."""
+    if any(part.kind == "replaced" for part in segments):
+        return [[(ReplacedGaussian(part.noise_multiplier, part.sample_rate), part.steps) for part in segments]]
     return [
         [(SubsampledGaussian(part.noise_multiplier, part.sample_rate, add), part.steps) for part in segments]
         for add in (False, True)
@@ -58,7 +72,8 @@ def directions(segments: Sequence[Segment]) -> list[Parts]:
 
 
 def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0.0) -> float:
-    """Epsilon at ``delta`` for one direction; or, if that is found to be below ``enough`` already at first sight, some bound below it."""
+    """Epsilon at ``delta`` for one direction; or, if that is found to be below ``enough`` already at first sight,
+    some bound below it."""
     cumulants = Cumulants(parts, negligible(parts, delta))
     tilts, epsilon, slope, found = scout(parts, cumulants, delta)
     if found <= enough:
@@ -68,11 +83,16 @@ def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0
     plan = choose(cumulants, tilts, epsilon, math.log(delta), slope, refine)
     points = (plan.high - plan.low) / plan.step
     odd = abs(saddle_epsilon - epsilon) > 0.1 * epsilon
-    if len(parts) == 1 and (odd or points > DEAR or log_noise(cumulants, plan, math.log(delta)) > log_allowed(epsilon, slope)):
+    if len(parts) == 1 and (
+        odd or points > DEAR or log_noise(cumulants, plan, math.log(delta)) > log_allowed(epsilon, slope)
+    ):
         result = _by_jumps(parts[0], delta, (epsilon, slope), refine, upper)
         if result is not None:
             return min(result, found) if upper else result
     result = compose(parts, plan, delta, upper).epsilon(delta)
+    if result is None:  # the guess was off: look where the saddle point says
+        plan = make_plan(cumulants, tilts[0], saddle_epsilon, math.log(delta), 1 + tilts[0], refine)
+        result = compose(parts, plan, delta, upper).epsilon(delta)
     if result is None:  # the window missed: from above fall back to a bound that needs none, from below to nothing
         return found if upper else 0.0
     return min(result, found) if upper else result
@@ -98,14 +118,18 @@ def _by_jumps(
 def scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float], float, float, float]:
     """Tilts worth considering, the epsilon to expect, the slope there, and an upper bound (inf if none was found).
 
-    The saddle point is all that is needed while the tilted law is bell-shaped. Where single large losses matter as much as the sum of
-    the small ones it is not, and the answer is looked for by coarse compositions, each under the tilt that looks best for the last answer.
+    The saddle point is all that is needed while the tilted law is bell-shaped. Where single large losses matter as
+    much as the sum of
+    the small ones it is not, and the answer is looked for by coarse compositions, each under the tilt that looks best
+    for the last answer.
     """
     tilt = saddle_for_delta(cumulants, delta)
     _, mean, variance = cumulants.three(tilt)
     if len(parts) > MANY:
         return [tilt, tilt / 2, tilt / 8], max(mean, 0.0), 1 + tilt, math.inf
-    found, order = best_epsilon(_as_segments(parts), delta)
+    found, order = math.inf, 2.0
+    if not isinstance(parts[0][0], ReplacedGaussian):
+        found, order = best_epsilon([Segment(pair.sigma, pair.q, count) for pair, count in parts], delta)
     epsilon, slope = min(max(mean, 0.0), found), 1 + tilt if mean <= found else order
     tilts = [tilt, *np.geomspace(1e-2, 1e5, 24).tolist()]
     for _ in range(ATTEMPTS):
@@ -160,8 +184,3 @@ def lattice_maker(parts: Parts, delta: float, upper: bool) -> Callable[[Pair, fl
     make = pessimistic if upper else optimistic
     below, above = 1e-9 / sum(count for _, count in parts), negligible(parts, delta)
     return lambda pair, step: make(pair, step, below, above)
-
-
-
-def _as_segments(parts: Parts) -> list[Segment]:
-    return [Segment(pair.sigma, pair.q, count) for pair, count in parts]

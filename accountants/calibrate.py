@@ -38,15 +38,17 @@ def get_noise_multiplier(
         sample_rate: probability in (0, 1] that a record is in a step's batch.
         epochs: passes over the data, each of 1 / sample_rate steps; or
         steps: number of steps. Exactly one of the two.
-        accountant: a registered name, or an accountant whose sampling and relation are to hold (its history is not used).
-        epsilon_tolerance: the epsilon reached is within this of the target, and within 0.1 % of it, unless it jumps there.
+        accountant: a registered name, or an accountant whose sampling and relation are to hold (its history is not
+        used).
+        epsilon_tolerance: the epsilon reached is within this of the target, and within 0.1 % of it, unless it jumps
+        there.
         **kwargs: handed to the accountant's ``get_epsilon``.
 
     Raises:
         ValueError: a number is out of range, or no noise multiplier below 1e9 is enough.
 
     Example:
-        >>> sigma = get_noise_multiplier(target_epsilon=3, target_delta=1e-5, sample_rate=0.01, epochs=10, accountant="pld")
+        >>> sigma = get_noise_multiplier(target_epsilon=3, target_delta=1e-5, sample_rate=0.01, epochs=10)
         >>> round(sigma, 2)
         0.85
     """
@@ -63,7 +65,9 @@ def get_noise_multiplier(
         raise ValueError(f"steps must lie in [1, inf), got {steps!r}")
     sigma = _search(lambda sigma: epsilon(sigma, q, count), target, tolerance, start=1.0, limit=MAX_SIGMA)
     if sigma is None:
-        raise ValueError(f"The privacy budget is too low: epsilon = {target:g} at delta = {delta:g} needs more noise than 1e9")
+        raise ValueError(
+            f"The privacy budget is too low: epsilon = {target:g} at delta = {delta:g} needs more noise than 1e9"
+        )
     return sigma
 
 
@@ -146,7 +150,8 @@ def _curve(accountant: str | IAccountant, delta: float, kwargs: dict[str, Any]) 
 def _search(
     epsilon: Callable[[float], float], target: float, tolerance: float, start: float, limit: float
 ) -> float | None:
-    """Smallest x with epsilon(x) <= target for a falling curve, to within ``tolerance`` of epsilon; None beyond ``limit``."""
+    """Smallest x with epsilon(x) <= target for a falling curve, to within ``tolerance`` of epsilon; None beyond
+    ``limit``."""
 
     def height(x: float) -> float:
         value = epsilon(x)
@@ -158,7 +163,8 @@ def _search(
     goal = math.log1p(-tolerance / target)  # heights between goal and 0 will do
     side = 0
     while high[1] < goal and high[0] - low[0] > 1e-9:
-        # The chord between the ends (Illinois variant of regula falsi), aimed a little to the safe side; halving where it is steep.
+        # The chord between the ends (Illinois variant of regula falsi), aimed a little to the safe side; halving
+        # where it is steep.
         slope = (high[1] - low[1]) / (high[0] - low[0])
         middle = low[0] + (goal / 2 - low[1]) / slope if abs(high[1] - low[1]) < 10 else (low[0] + high[0]) / 2
         middle = min(max(middle, low[0] + 0.01 * (high[0] - low[0])), high[0] - 0.01 * (high[0] - low[0]))

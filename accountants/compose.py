@@ -4,13 +4,17 @@ For the total loss :math:`S=\sum_i L_i` and any tilt :math:`\theta\ge0`,
 
 .. math:: \delta(\epsilon)=E[(1-e^{\epsilon-S})_+]=e^{K(\theta)}\,\tilde E[e^{-\theta S}(1-e^{\epsilon-S})_+],
 
-where :math:`\tilde E` is under the tilted law, each step's mass multiplied by :math:`e^{\theta l}` and normalised. The tilted law of S
-is the inverse transform of :math:`\prod_i\hat p_i^{n_i}`. Taken modulo the window it is the sum of its aliases, so on the window it is never
+where :math:`\tilde E` is under the tilted law, each step's mass multiplied by :math:`e^{\theta l}` and normalised.
+The tilted law of S
+is the inverse transform of :math:`\prod_i\hat p_i^{n_i}`. Taken modulo the window it is the sum of its aliases, so on
+the window it is never
 below the true one, and above it by at most the mass outside. What is counted:
 
-* transform: each :math:`\hat p` is within :math:`e_0=4u(\log_2 N+4)` times the mass off its heaviest point of the true one (a sum of
+* transform: each :math:`\hat p` is within :math:`e_0=4u(\log_2 N+4)` times the mass off its heaviest point of the
+  true one (a sum of
   N terms by a tree of depth log N), so
-  every mass of the result is off by at most :math:`\eta=\frac1N\sum_\omega\bigl[\prod(|\hat p_i|+e_0)^{n_i}-\prod|\hat p_i|^{n_i}\bigr]` plus the rounding of
+  every mass of the result is off by at most :math:`\eta=\frac1N\sum_\omega\bigl[\prod(|\hat
+  p_i|+e_0)^{n_i}-\prod|\hat p_i|^{n_i}\bigr]` plus the rounding of
   the powers and of the inverse transform, in proportion to :math:`\prod|\hat p_i|^{n_i}`;
 * the mass outside the window, by Chernoff's bound with the lattice law's own moment generating function;
 * the rounding of the tilting factors, a relative error that grows with the number of steps;
@@ -27,6 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import fft
+from scipy.signal import lfilter
 
 from .lattice import Lattice
 from .pairs import UNIT, Array
@@ -83,13 +88,21 @@ class Spectrum:
         self.transform_error = 4 * UNIT * (math.log2(self.size) + 4)
 
     def log_transform(self, index: int) -> tuple[Array, Array]:
-        """Complex logarithm of segment ``index``'s transform about its heaviest point, and log of a bound on its true modulus.
+        """Complex logarithm of segment ``index``'s transform about its heaviest point, and log of a bound on its true
+        modulus.
 
-        Only the rest of the law is transformed: 1 + z with |z| at most twice the rest's mass, so that a law which sits on one point for all
+        Only the rest of the law is transformed: 1 + z with |z| at most twice the rest's mass, so that a law which
+        sits on one point for all
         but a millionth of its mass has a millionth of the rounding error.
         """
         part = self.tilted[index]
-        rest = np.concatenate([part.weight[part.heaviest + 1 :], np.zeros(max(self.size - len(part.weight), 0)), part.weight[: part.heaviest]])
+        rest = np.concatenate(
+            [
+                part.weight[part.heaviest + 1 :],
+                np.zeros(max(self.size - len(part.weight), 0)),
+                part.weight[: part.heaviest],
+            ]
+        )
         rest = np.concatenate([[0.0], rest])
         if len(rest) > self.size:
             rest = self._fold(part)
@@ -98,7 +111,9 @@ class Spectrum:
         small = np.abs(z.real) + np.abs(z.imag) < 0.1
         real[small] = 0.5 * np.log1p(z.real[small] * (2 + z.real[small]) + z.imag[small] ** 2)
         error = self.transform_error * part.rest
-        return real + 1j * np.arctan2(z.imag, 1 + z.real), np.maximum(real, -80.0) + np.log1p(error * np.exp(-np.maximum(real, -80.0)))
+        return real + 1j * np.arctan2(z.imag, 1 + z.real), np.maximum(real, -80.0) + np.log1p(
+            error * np.exp(-np.maximum(real, -80.0))
+        )
 
     def _fold(self, part: Tilted) -> Array:
         """A law longer than the window, modulo the window."""
@@ -125,21 +140,25 @@ class Spectrum:
         offset = math.fsum(count * part.centre for part, count in zip(self.tilted, counts, strict=True))
         first = math.floor((self.plan.low - offset) / self.plan.step)
         mass = np.roll(fft.irfft(product, self.size), -(first % self.size))
-        return Curve.build(self, counts, mass, offset + first * self.plan.step, eta + math.exp(NEGLIGIBLE), upper, log_factor)
+        return Curve.build(
+            self, counts, mass, offset + first * self.plan.step, eta + math.exp(NEGLIGIBLE), upper, log_factor
+        )
 
 
 @dataclass(frozen=True)
 class Curve:
     r"""delta(epsilon), bounded from one side, for epsilon in the window.
 
-    With ``reference`` r and in units of :math:`e^{K-\theta r}`: ``mass_sum[k]`` is :math:`\sum_{j\ge k}w_j` and ``ratio_sum[k]`` is
-    :math:`\sum_{j\ge k}w_j e^{r-s_j}`, where :math:`w_j=\tilde p_j e^{-\theta(s_j-r)}`; so
-    :math:`\delta(\epsilon)=` ``mass_sum[k]`` :math:`-\,e^{\epsilon-r}` ``ratio_sum[k]`` for the first :math:`s_k\ge\epsilon`.
+    With ``reference`` r and in units of :math:`e^{K-\theta r}`: ``mass_sum[k]`` is :math:`\sum_{j\ge k}w_j` and
+    ``faded_sum[k]`` is
+    :math:`\sum_{j\ge k}w_j e^{s_k-s_j}`, where :math:`w_j=\tilde p_j e^{-\theta(s_j-r)}`; so
+    :math:`\delta(\epsilon)=` ``mass_sum[k]`` :math:`-\,e^{\epsilon-s_k}` ``faded_sum[k]`` for the first
+    :math:`s_k\ge\epsilon`.
     """
 
     losses: Array
     mass_sum: Array
-    ratio_sum: Array
+    faded_sum: Array
     reference: float
     log_unit: float
     theta: float
@@ -151,19 +170,28 @@ class Curve:
 
     @classmethod
     def build(
-        cls, spectrum: Spectrum, counts: Sequence[int], mass: Array, start: float, eta: float, upper: bool, log_factor: float
+        cls,
+        spectrum: Spectrum,
+        counts: Sequence[int],
+        mass: Array,
+        start: float,
+        eta: float,
+        upper: bool,
+        log_factor: float,
     ) -> Curve:
-        """Suffix sums of the composed law ``mass``, which starts at the loss ``start`` and is within ``eta`` everywhere."""
+        """Suffix sums of the composed law ``mass``, which starts at the loss ``start`` and is within ``eta``
+        everywhere."""
         plan, parts = spectrum.plan, spectrum.tilted
         theta, reference = plan.theta, plan.epsilon
         end = start + (len(mass) - 1) * plan.step
         sign = 1.0 if upper else -1.0
-        # Below this the weights could overflow; the answer is not there if the plan was good, and is looked for anew if it is.
-        least = max(reference - min(500 / max(theta, 1e-9), 500.0), 0.0 if start < 0 else start)
+        # Below this the weights could overflow; the answer is not there if the plan was good, and is looked for anew
+        # if it is.
+        least = max(reference - 500 / max(theta, 1e-9), 0.0 if start < 0 else start)
         skip = max(math.ceil((least - start) / plan.step), 0)
         losses = start + plan.step * np.arange(skip, len(mass))
         weight = np.maximum(mass[skip:] + sign * eta, 0.0) * np.exp(-theta * (losses - reference))
-        ratio = weight * np.exp(reference - losses)
+        faded = lfilter([1.0], [1.0, -math.exp(-plan.step)], weight[::-1])[::-1]
         high = _tail(parts, counts, plan.tail_high, end)
         low = _tail(parts, counts, -plan.tail_low, start)
         log_size = math.fsum(count * part.log_size for part, count in zip(parts, counts, strict=True)) + log_factor
@@ -171,7 +199,7 @@ class Curve:
         infinite = math.fsum(count * part.lattice.infinite for part, count in zip(parts, counts, strict=True))
         drift = math.fsum(count * abs(part.centre) for part, count in zip(parts, counts, strict=True))
         return cls(
-            losses, np.cumsum(weight[::-1])[::-1], np.cumsum(ratio[::-1])[::-1], reference, log_size - theta * reference,
+            losses, np.cumsum(weight[::-1])[::-1], faded, reference, log_size - theta * reference,
             theta, high if upper else (high + low) / (1 + theta), infinite if upper else 0.0,
             relative + 8 * UNIT * abs(log_size) + 8 * UNIT, 8 * UNIT * (drift + abs(start) + abs(end)), upper,
         )  # fmt: skip
@@ -190,10 +218,12 @@ class Curve:
         return min(result + self.infinite, 1.0)
 
     def _units(self, k: int, epsilon: float) -> float:
-        mass, ratio = (self.mass_sum[k], self.ratio_sum[k]) if k < len(self.losses) else (0.0, 0.0)
+        mass, faded, ahead = 0.0, 0.0, 0.0
+        if k < len(self.losses):
+            mass, faded, ahead = float(self.mass_sum[k]), float(self.faded_sum[k]), float(self.losses[k]) - epsilon
         far = math.exp(min(-self.theta * (epsilon - self.reference), 600.0)) * self.outside
         rounding = 2 * UNIT * len(self.losses) * mass
-        value = mass - math.exp(min(epsilon - self.reference, 600.0)) * ratio
+        value = mass - math.exp(-ahead) * faded
         return max(value + rounding + far, 0.0) if self.upper else max(value - rounding - far, 0.0)
 
     def epsilon(self, delta: float) -> float | None:
@@ -218,9 +248,15 @@ class Curve:
         return max(float(self.losses[inside[-1]]) - self.shift, 0.0)
 
     def slope(self, epsilon: float) -> float:
-        """-d log(-e^-epsilon d delta / d epsilon) / d epsilon near ``epsilon``, roughly: 1 + theta at a saddle point."""
+        """-d log(-e^-epsilon d delta / d epsilon) / d epsilon near ``epsilon``, roughly: 1 + theta at a saddle
+        point."""
         k = min(int(np.searchsorted(self.losses, epsilon)), len(self.losses) - 2)
-        further = int(np.searchsorted(-self.ratio_sum, -self.ratio_sum[k] / math.e))
+        ahead = self.losses[k:] - self.losses[k]
+        further = k + int(
+            np.searchsorted(
+                ahead - np.log(np.maximum(self.faded_sum[k:], FLOOR)), 1 - math.log(max(self.faded_sum[k], FLOOR))
+            )
+        )
         return 1 / max(float(self.losses[min(further, len(self.losses) - 1)] - self.losses[k]), self._step())
 
     def _step(self) -> float:
@@ -229,22 +265,23 @@ class Curve:
     def _at_points(self) -> Array:
         """delta, in units, at every lattice point."""
         mass = np.append(self.mass_sum[1:], 0.0)
-        ratio = np.append(self.ratio_sum[1:], 0.0)
+        faded = np.append(self.faded_sum[1:], 0.0)
         far = np.exp(np.minimum(-self.theta * (self.losses - self.reference), 600.0)) * self.outside
         slack = 2 * UNIT * len(self.losses) * mass + far
-        value = mass - np.exp(np.minimum(self.losses - self.reference, 600.0)) * ratio
+        value = mass - math.exp(-self._step()) * faded
         return np.maximum(value + slack if self.upper else value - slack, 0.0)
 
     def _within(self, k: int, target: float) -> float:
-        """Solve delta(epsilon) = target between points k - 1 and k, where it is linear in e^epsilon; the tails' share at k - 1."""
+        """Solve delta(epsilon) = target between points k - 1 and k, where it is linear in e^epsilon; the tails' share
+        at k - 1."""
         previous = float(self.losses[k - 1])
         far = math.exp(min(-self.theta * (previous - self.reference), 600.0)) * self.outside
         mass = float(self.mass_sum[k]) * (1 + 2 * UNIT * len(self.losses)) + far
-        ratio = float(self.ratio_sum[k])
+        faded = float(self.faded_sum[k])
         here = float(self.losses[k])
-        if ratio <= 0 or mass <= target:
+        if faded <= 0 or mass <= target:
             return previous if mass <= target else here
-        return min(max(self.reference + math.log((mass - target) / ratio) + 1e-15, previous), here)
+        return min(max(here + math.log((mass - target) / faded) + 1e-15, previous), here)
 
     def _first(self, target: float) -> float | None:
         """The answer at or below the first point: 0, or between 0 and it, or outside the window."""

@@ -5,7 +5,8 @@ r"""Closed forms: the Gaussian mechanism however often it is composed, and one s
 
 .. math:: \delta(\epsilon)=\Phi(\mu/2-\epsilon/\mu)-e^{\epsilon}\Phi(-\mu/2-\epsilon/\mu).
 
-One Poisson-subsampled step has, in the removing direction, the curve :math:`q\,\delta_\sigma(\log(1+(e^\epsilon-1)/q))`, and
+One Poisson-subsampled step has, in the removing direction, the curve
+:math:`q\,\delta_\sigma(\log(1+(e^\epsilon-1)/q))`, and
 never more in the adding direction for :math:`\epsilon\ge0` (Balle, Barthe and Gaboardi 2018, Theorem 8).
 """
 
@@ -69,16 +70,18 @@ class ClosedForm:
 
 def closed_form(segments: Sequence[Segment]) -> ClosedForm | None:
     """The closed form of a history, where there is one: nothing sampled, or a single step."""
-    if len(segments) == 1 and segments[0].steps == 1:
+    if len(segments) == 1 and segments[0].steps == 1 and (segments[0].kind == "subsampled" or segments[0].is_gaussian):
         return ClosedForm(segments[0].noise_multiplier, segments[0].sample_rate)
     return None
 
 
 def _log_delta(epsilon: float, mu: float) -> tuple[float, float]:
-    r"""log of delta(epsilon) for the Gaussian mechanism with ratio ``mu`` of sensitivity to noise, and its rounding error.
+    r"""log of delta(epsilon) for the Gaussian mechanism with ratio ``mu`` of sensitivity to noise, and its rounding
+    error.
 
     With :math:`x_{1,2}=\epsilon/\mu\mp\mu/2` both terms share a factor:
-    :math:`\delta=\frac12e^{-x_1^2/2}[\mathrm{erfcx}(x_1/\sqrt2)-\mathrm{erfcx}(x_2/\sqrt2)]`. What the subtraction loses is counted.
+    :math:`\delta=\frac12e^{-x_1^2/2}[\mathrm{erfcx}(x_1/\sqrt2)-\mathrm{erfcx}(x_2/\sqrt2)]`. What the subtraction
+    loses is counted.
     """
     near, far = epsilon / mu - mu / 2, epsilon / mu + mu / 2
     if near > -5:

@@ -1,7 +1,8 @@
 r"""Gaussian differential privacy: the central-limit approximation of Bu, Dong, Long and Su 2020. Not a bound.
 
 :math:`\mu^2=\sum_i n_i\,q_i^2\,(e^{1/\sigma_i^2}-1)` for Poisson sampling; with batches of fixed size,
-:math:`\mu^2=\sum_i 2 n_i q_i^2 (e^{1/\sigma_i^2}\Phi(3/2\sigma_i)+3\Phi(-1/2\sigma_i)-2)` (their Section 3); then the closed form for
+:math:`\mu^2=\sum_i 2 n_i q_i^2 (e^{1/\sigma_i^2}\Phi(3/2\sigma_i)+3\Phi(-1/2\sigma_i)-2)` (their Section 3); then the
+closed form for
 the Gaussian mechanism. Gopi, Lee and Wutschitz 2021 show that it can be far below the truth.
 """
 
@@ -15,11 +16,12 @@ from scipy.special import ndtr
 from . import checks, gaussian
 from .accountant import IAccountant
 from .assumptions import Segment
-from .rdp import refuse_symmetric
+from .rdp import refuse_replaced
 
 
 class ApproximateEpsilonWarning(UserWarning):
-    """Said with every epsilon that is an approximation. Silence it on purpose with ``warnings.filterwarnings("ignore", category=...)``."""
+    """Said with every epsilon that is an approximation. Silence it on purpose with
+    ``warnings.filterwarnings("ignore", category=...)``."""
 
 
 # Said every time, not only the first; appended, so that a filter of the user's own comes first.
@@ -41,12 +43,13 @@ class GaussianAccountant(IAccountant):
         """
         delta = checks.delta(delta)
         parts = self.segments()
-        refuse_symmetric(parts, "gdp")
+        refuse_replaced(parts, "gdp")
         if any(part.noise_multiplier == 0 for part in parts):
             return math.inf
         if any(not part.is_gaussian for part in parts):
             warnings.warn(
-                "this epsilon is the central-limit approximation ('gdp') and can be below the truth: for a bound use the "
+                "this epsilon is the central-limit approximation ('gdp') and can be below the truth: for a bound use "
+                "the "
                 "'pld' or 'prv' accountant. Silence: warnings.filterwarnings('ignore', "
                 "category=accountants.ApproximateEpsilonWarning)",
                 ApproximateEpsilonWarning,

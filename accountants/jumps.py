@@ -1,13 +1,17 @@
 r"""Histories in which single large losses matter: composed by how many there are.
 
-At small q the privacy loss of a step is tiny unless its record was sampled and the noise was small too. The sum of many such steps has a
-bell-shaped bulk and a heavy tail of rare large losses, and no one tilt serves both. So each step's lattice law is split at a
+At small q the privacy loss of a step is tiny unless its record was sampled and the noise was small too. The sum of
+many such steps has a
+bell-shaped bulk and a heavy tail of rare large losses, and no one tilt serves both. So each step's lattice law is
+split at a
 loss b into small and large, :math:`p=p_s+p_l`, and
 
 .. math:: p^{*n}=\sum_j\binom nj\,p_s^{*(n-j)}*p_l^{*j},
 
-each term composed under its own tilt, window and mesh (:mod:`accountants.compose` never needs total mass one). Terms beyond the last computed
-have mass at most :math:`\sum_{j>J}\binom nj p_l(\mathbb R)^j`; that counts as infinite loss from above and as nothing from below.
+each term composed under its own tilt, window and mesh (:mod:`accountants.compose` never needs total mass one). Terms
+beyond the last computed
+have mass at most :math:`\sum_{j>J}\binom nj p_l(\mathbb R)^j`; that counts as infinite loss from above and as nothing
+from below.
 """
 
 from __future__ import annotations

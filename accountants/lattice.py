@@ -1,14 +1,20 @@
 r"""Privacy-loss distributions on a lattice: one that is never below the truth, one that is never above it.
 
-*Pessimistic* (connect the dots; Doroshenko, Ghazi, Kamath, Kumar and Manurangsi 2022, Theorem 5): the P- and Q-mass of the cell
-between neighbouring points :math:`l<l+h` is split between the two so that both masses are kept. The splitting is a mean-preserving
-spread of :math:`e^{-L}`, so every hockey-stick divergence grows, and it dominates also after composition. It adds variance of at most
-:math:`h^2/4` to a step and shifts no mean to first order, so the error of epsilon is of second order in h. What lies above the last
+*Pessimistic* (connect the dots; Doroshenko, Ghazi, Kamath, Kumar and Manurangsi 2022, Theorem 5): the P- and Q-mass
+of the cell
+between neighbouring points :math:`l<l+h` is split between the two so that both masses are kept. The splitting is a
+mean-preserving
+spread of :math:`e^{-L}`, so every hockey-stick divergence grows, and it dominates also after composition. It adds
+variance of at most
+:math:`h^2/4` to a step and shifts no mean to first order, so the error of epsilon is of second order in h. What lies
+above the last
 point: mass :math:`e^{l}Q` stays there, the rest gets an infinite loss. What lies below the first is rounded up to it.
 
 *Optimistic*: merging outcomes is post-processing, so it can only lower a divergence. Two neighbouring cells of width 3h
-are merged, each to a point, at losses :math:`l_1<l_2`; where two lattice points next to the mean of both lie between :math:`l_1` and
-:math:`l_2`, the law on those two with the same P- and Q-mass is a mean-preserving contraction of that on :math:`l_1,l_2`. Where not,
+are merged, each to a point, at losses :math:`l_1<l_2`; where two lattice points next to the mean of both lie between
+:math:`l_1` and
+:math:`l_2`, the law on those two with the same P- and Q-mass is a mean-preserving contraction of that on
+:math:`l_1,l_2`. Where not,
 everything is rounded down to the lattice. What lies outside the cells is dropped.
 
 *Rounding*: the cells come with bounds on their rounding errors; masses are moved up (or down) by that much.
@@ -51,8 +57,7 @@ def pessimistic(pair: Pair, step: float, below: float, above: float) -> Lattice:
     """
     lowest, highest = pair.support(below, above)
     count = _count(highest - lowest, step)
-    # One end lies exactly where the unsampled records' mass sits: the bottom when removing, the top when adding.
-    edges = highest - step * np.arange(count - 1, -1, -1) if pair.ends_above else lowest + step * np.arange(count)
+    edges = _edges(pair, lowest, highest, step, count)
     cells = pair.cells(edges)
     up = np.minimum((cells.excess + cells.excess_error) / -math.expm1(-step), cells.p + cells.p_error)
     mass = np.zeros(count)
@@ -69,14 +74,14 @@ def optimistic(pair: Pair, step: float, below: float, above: float) -> Lattice:
     width = OPTIMISTIC_CELL * step
     pairs_of_cells = _count(highest - lowest, 2 * width)
     count = 2 * pairs_of_cells + 1
-    edges = highest - width * np.arange(count, -1, -1) if pair.ends_above else lowest + width * np.arange(count + 1)
+    edges = _edges(pair, lowest, highest, width, count + 1)
     cells = pair.cells(edges)
     p = np.maximum(cells.p - cells.p_error, 0.0)
     share = (cells.excess - cells.excess_error - cells.p_error) / np.maximum(p, 1e-300)
     # The loss of a cell merged to one point, above the cell's lower edge.
     inner = np.clip(-np.log1p(-np.clip(share, 0.0, 1 - 1e-9)), 0.0, width)
     # The cell with the unsampled records is merged on its own, and the lattice goes through the point that gives.
-    lone = count - 1 if pair.ends_above else 0
+    lone = count - 1 if pair.anchor == "top" else 0
     centre = float(edges[lone] + inner[lone])
     index, mass = _merge_pairs(p, inner, edges, step, centre, slice(0, count - 1) if lone else slice(1, count))
     index, mass = np.concatenate([[0], index]), np.concatenate([[p[lone]], mass])
@@ -103,7 +108,8 @@ def _merge_pairs(p: Array, inner: Array, edges: Array, step: float, centre: floa
 
 
 def midpoint(pair: Pair, step: float, below: float, above: float, mean: float) -> Lattice:
-    """The law rounded to the nearest point and then shifted to the given mean (Gopi, Lee and Wutschitz 2021): no bound."""
+    """The law rounded to the nearest point and then shifted to the given mean (Gopi, Lee and Wutschitz 2021): no
+    bound."""
     lowest, highest = pair.support(below, above)
     count = _count(highest - lowest, step)
     points = lowest + step * np.arange(count)
@@ -112,8 +118,17 @@ def midpoint(pair: Pair, step: float, below: float, above: float, mean: float) -
     return Lattice(float(points[0] + mean - mass @ points), step, mass)
 
 
+def _edges(pair: Pair, lowest: float, highest: float, step: float, count: int) -> Array:
+    """``count`` equidistant losses over the support, one of them where the unsampled records' mass sits."""
+    if pair.anchor == "top":
+        return highest - step * np.arange(count - 1, -1, -1)
+    if pair.anchor == "zero":
+        return step * (math.floor(lowest / step) + np.arange(count))
+    return lowest + step * np.arange(count)
+
+
 def _count(length: float, step: float) -> int:
-    count = math.ceil(length / step) + 2
+    count = math.ceil(length / step) + 3
     if count > 4 * MAX_POINTS:
         raise OverflowError(f"{count} lattice points")
     return max(count, 3)

@@ -1,7 +1,9 @@
 r"""Dominating pairs (P, Q) of one step, cut into cells by privacy loss.
 
-The privacy loss is :math:`L=\log(dP/dQ)`, drawn under P. For the subsampled Gaussian everything lives on the real line: Q or P is
-:math:`N(0,\sigma^2)`, the other the mixture :math:`(1-q)N(0,\sigma^2)+qN(1,\sigma^2)`, and the loss is monotone in x. So a cell of losses is
+The privacy loss is :math:`L=\log(dP/dQ)`, drawn under P. For the subsampled Gaussian everything lives on the real
+line: Q or P is
+:math:`N(0,\sigma^2)`, the other the mixture :math:`(1-q)N(0,\sigma^2)+qN(1,\sigma^2)`, and the loss is monotone in x.
+So a cell of losses is
 an interval of x, and its P- and Q-mass are differences of normal distribution functions. Each difference is taken on
 the side where the function is small, so that far tails keep their digits, and comes with a bound on its rounding error.
 """
@@ -44,13 +46,24 @@ class Cells:
 
 
 class Pair(Protocol):
-    """A dominating pair of one step; ``ends_above``: the lattice is hung from the top of the support, not put on its bottom."""
+    """A dominating pair of one step.
+
+    ``anchor`` says where the mass of the unsampled records sits, and so where the lattice must have a point: at the
+    "bottom" of the support, at its "top", or at loss "zero".
+    """
 
     @property
-    def ends_above(self) -> bool: ...
+    def anchor(self) -> str: ...
+
+    @property
+    def sigma(self) -> float: ...
+
+    @property
+    def q(self) -> float: ...
 
     def nodes(self, above: float) -> tuple[Array, Array]:
-        """Log-weights and losses of a quadrature of the law of L without its top ``above``; for planning, not for bounds."""
+        """Log-weights and losses of a quadrature of the law of L without its top ``above``; for planning, not for
+        bounds."""
 
     def support(self, below: float, above: float) -> tuple[float, float]:
         """Losses that leave at most P-mass ``below`` beneath and ``above`` over them."""
@@ -59,7 +72,7 @@ class Pair(Protocol):
         """The law of the loss cut at ``edges``."""
 
 
-def loss_of(x: Array, sigma: float, q: float) -> Array:
+def loss_of(x: Array | float, sigma: float, q: float) -> Array:
     """log of the mixture's density over N(0, sigma^2)'s at x."""
     y = (2 * np.asarray(x, dtype=float) - 1) / (2 * sigma**2)
     small = np.log1p(q * np.expm1(np.minimum(y, 1.0))) if q < 1 else y
@@ -91,8 +104,9 @@ class SubsampledGaussian:
     add: bool = False
 
     @property
-    def ends_above(self) -> bool:
-        return self.add and self.q < 1
+    def anchor(self) -> str:
+        """Where the unsampled records' mass sits."""
+        return "top" if self.add and self.q < 1 else "bottom"
 
     def nodes(self, above: float) -> tuple[Array, Array]:
         spacing = min(self.sigma / 8, max(self.sigma**2 / 2, self.sigma / 40))
@@ -116,7 +130,8 @@ class SubsampledGaussian:
         return 1 - self.sigma * float(ndtri(max(min(above, 0.5), 1e-300)))
 
     def cells(self, edges: Array) -> Cells:
-        """P - e^loss Q is (expm1(-loss) + q) N - q M up to a factor, written so that small q and small losses keep digits."""
+        """P - e^loss Q is (expm1(-loss) + q) N - q M up to a factor, written so that small q and small losses keep
+        digits."""
         n0, n1, e0, e1 = self._masses(edges)
         q = self.q
         if self.add:
@@ -137,7 +152,8 @@ class SubsampledGaussian:
         )  # fmt: skip
 
     def _masses(self, edges: Array) -> tuple[Array, Array, Array, Array]:
-        """Masses of all n + 2 cells, in the order of the losses, under N(0) and N(1), and bounds on their rounding errors."""
+        """Masses of all n + 2 cells, in the order of the losses, under N(0) and N(1), and bounds on their rounding
+        errors."""
         x = x_of(-edges[::-1] if self.add else edges, self.sigma, self.q)
         order = slice(None, None, -1 if self.add else 1)
         n0, e0 = normal_masses(x / self.sigma, 2 / self.sigma)

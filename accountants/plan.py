@@ -1,13 +1,16 @@
 r"""Where to look: the tilt, the mesh and the window that a question needs.
 
 Nothing here enters a bound; a bad plan costs tightness, not safety. With the cumulant function
-:math:`K(\theta)=\log E[e^{\theta S}]` of the composed privacy loss S, the question "which epsilon at this delta" is about losses near
+:math:`K(\theta)=\log E[e^{\theta S}]` of the composed privacy loss S, the question "which epsilon at this delta" is
+about losses near
 :math:`K'(\theta)`, where (saddle point; Lugannani and Rice 1980)
 
 .. math:: \log\delta\approx K(\theta)-\theta K'(\theta)-\log\bigl(\theta(\theta+1)\sqrt{2\pi K''(\theta)}\bigr).
 
-Under that tilt the law has its bulk where the answer lies, so a Fourier transform there keeps relative, not only absolute, digits. A mesh h
-adds variance of about :math:`h^2/6` to each of n steps and so :math:`n(\theta+1)h^2/12` to epsilon; h is chosen to make that small.
+Under that tilt the law has its bulk where the answer lies, so a Fourier transform there keeps relative, not only
+absolute, digits. A mesh h
+adds variance of about :math:`h^2/6` to each of n steps and so :math:`n(\theta+1)h^2/12` to epsilon; h is chosen to
+make that small.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ COARSE_POINTS = 1 << 13
 
 @dataclass(frozen=True)
 class Plan:
-    """Tilt ``theta``, epsilon expected, window ``low``..``high`` of total losses, mesh ``step``, tilts that bound the tails."""
+    """Tilt ``theta``, epsilon expected, window ``low``..``high`` of total losses, mesh ``step``, tilts that bound the
+    tails."""
 
     theta: float
     epsilon: float
@@ -53,8 +57,11 @@ class Cumulants:
             self.log_weight[row, : len(loss)], self.loss[row, : len(loss)] = log_weight, loss
         self.log_weight -= self._log_sum(self.log_weight)[:, None]
         # Distance of each loss from the lattice point under (or over) which the unsampled records' mass sits.
-        ends = [loss.max() if pair.ends_above else loss.min() for (pair, _), (_, loss) in zip(parts, laws, strict=True)]
-        self.gap = np.abs(self.loss - np.array(ends)[:, None])
+        places = [
+            {"bottom": loss.min(), "top": loss.max(), "zero": 0.0}[pair.anchor]
+            for (pair, _), (_, loss) in zip(parts, laws, strict=True)
+        ]
+        self.gap = np.abs(self.loss - np.array(places)[:, None])
         self.range = max(float(loss.max() - loss.min()) for _, loss in laws)
         self.counts = np.array([count for _, count in parts], dtype=float)
 
@@ -103,13 +110,15 @@ class Cumulants:
         return float((weight * np.minimum(self.gap / step, 1.0)).sum())
 
     def mesh(self, theta: float, allowed: float) -> float:
-        """The mesh at which splitting onto the lattice adds variance ``allowed`` to the composed loss, under the tilt."""
+        """The mesh at which splitting onto the lattice adds variance ``allowed`` to the composed loss, under the
+        tilt."""
         exponent = self.log_weight + theta * self.loss
         weight = np.exp(exponent - exponent.max(axis=1)[:, None])
         weight *= (self.counts / weight.sum(axis=1))[:, None]
 
         def variance(step: float) -> float:
-            # A gap d within the first cell adds d (h - d), others on average h^2 / 6; a few steps with large losses may come on top.
+            # A gap d within the first cell adds d (h - d), others on average h^2 / 6; a few steps with large losses
+            # may come on top.
             first = self.gap * np.maximum(step - self.gap, 0.0)
             return float((weight * np.where(self.gap < step, first, step**2 / 6)).sum()) + step**2
 
@@ -163,7 +172,9 @@ def _bisect(too_small: Callable[[float], bool], low: float = math.log(1e-5), hig
     return math.exp(high)
 
 
-def make_plan(cumulants: Cumulants, theta: float, epsilon: float, log_delta: float, slope: float, refine: float) -> Plan:
+def make_plan(
+    cumulants: Cumulants, theta: float, epsilon: float, log_delta: float, slope: float, refine: float
+) -> Plan:
     """Window and mesh for a tilt.
 
     Args:
@@ -187,7 +198,13 @@ def make_plan(cumulants: Cumulants, theta: float, epsilon: float, log_delta: flo
         step = cumulants.mesh(theta, 2 * tolerance(epsilon) / slope) / refine
         step = max(min(step, length / 512), length / MAX_POINTS, cumulants.range / MAX_POINTS)
     else:
-        step = max(min(cumulants.mesh(theta, 100 * tolerance(epsilon) / slope), length / 4096), length / (16 * COARSE_POINTS))
+        step = max(
+            min(
+                cumulants.mesh(theta, min(100 * tolerance(epsilon), 0.05 * epsilon + tolerance(epsilon)) / slope),
+                length / 4096,
+            ),
+            length / (16 * COARSE_POINTS),
+        )
         step = max(step, cumulants.range / (16 * COARSE_POINTS))
     return Plan(theta, max(epsilon, 0.0), low - 8 * step, high + 8 * step, step, tail_high, tail_low)
 

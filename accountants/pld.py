@@ -1,10 +1,15 @@
 r"""Privacy-loss distributions: epsilon and delta as certified bounds, as tight as is asked for.
 
-*Argument for the bound.* (1) Each step is dominated by the pair of :mod:`accountants.assumptions`, and adaptive composition is
-dominated by the product of dominating pairs (Zhu, Dong and Wang 2022). For add/remove neighbours the two directions are composed
-separately and the larger delta counts. (2) Each pair is replaced by a lattice law that dominates it, or that it dominates:
-:mod:`accountants.lattice`. (3) The lattice laws are composed under an exponential tilt, and aliasing, truncation and every rounding
-error is bounded and added, or subtracted: :mod:`accountants.compose`. What is assumed and not proven: that scipy's ``ndtr``, its FFT
+*Argument for the bound.* (1) Each step is dominated by the pair of :mod:`accountants.assumptions`, and adaptive
+composition is
+dominated by the product of dominating pairs (Zhu, Dong and Wang 2022). For add/remove neighbours the two directions
+are composed
+separately and the larger delta counts. (2) Each pair is replaced by a lattice law that dominates it, or that it
+dominates:
+:mod:`accountants.lattice`. (3) The lattice laws are composed under an exponential tilt, and aliasing, truncation and
+every rounding
+error is bounded and added, or subtracted: :mod:`accountants.compose`. What is assumed and not proven: that scipy's
+``ndtr``, its FFT
 and numpy's exp and log are as accurate as their authors state, with the margins named there.
 
 Where a closed form is known (no sampling; a single step) it is used instead: :mod:`accountants.gaussian`.
@@ -26,7 +31,8 @@ from .stepping import Follower
 class PLDAccountant(IAccountant):
     """The "pld" accountant: never below the truth, and close to it.
 
-    Guarantee: :meth:`get_epsilon` and :meth:`get_delta` are upper bounds, :meth:`get_epsilon_bounds` encloses the truth, for every
+    Guarantee: :meth:`get_epsilon` and :meth:`get_delta` are upper bounds, :meth:`get_epsilon_bounds` encloses the
+    truth, for every
     history under ``sampling`` and ``relation``.
 
     Example:
@@ -43,7 +49,8 @@ class PLDAccountant(IAccountant):
         return "pld"
 
     def get_epsilon(self, delta: float, **kwargs: Any) -> float:
-        """Smallest certified epsilon at ``delta`` in (0, 1); 0 for an empty history, ``inf`` where there was no noise."""
+        """Smallest certified epsilon at ``delta`` in (0, 1); 0 for an empty history, ``inf`` where there was no
+        noise."""
         return self._follower().epsilon(self.segments(), checks.delta(delta))
 
     def epsilon_curve(self, delta: float) -> np.ndarray:
@@ -82,5 +89,3 @@ class PLDAccountant(IAccountant):
         parts, epsilon = self.segments(), checks.epsilon(epsilon)
         upper = delta_bound(parts, epsilon, upper=True)
         return min(delta_bound(parts, epsilon, upper=False), upper), upper
-
-

@@ -1,9 +1,14 @@
-r"""The "prv" accountant: Opacus's meaning, an estimate plus its allowed error, by the method of Gopi, Lee and Wutschitz 2021.
+r"""The "prv" accountant: Opacus's meaning, an estimate plus its allowed error, by the method of Gopi, Lee and
+Wutschitz 2021.
 
-Their Theorem 5.5: rounding each step's loss to a mesh of :math:`h=\epsilon_{err}/\sqrt{n\log(12/\delta_{err})/2}` with its mean kept moves the
-composed loss by more than :math:`\epsilon_{err}` only with probability below :math:`\delta_{err}`, so the epsilon of the rounded law at
-:math:`\delta-\delta_{err}`, plus :math:`\epsilon_{err}`, is an upper bound. Opacus computes the convolution in float64 without a tilt, which fails
-at small delta; here it goes through :mod:`accountants.compose`, and the same mesh gives the same digits where Opacus is right.
+Their Theorem 5.5: rounding each step's loss to a mesh of :math:`h=\epsilon_{err}/\sqrt{n\log(12/\delta_{err})/2}`
+with its mean kept moves the
+composed loss by more than :math:`\epsilon_{err}` only with probability below :math:`\delta_{err}`, so the epsilon of
+the rounded law at
+:math:`\delta-\delta_{err}`, plus :math:`\epsilon_{err}`, is an upper bound. Opacus computes the convolution in
+float64 without a tilt, which fails
+at small delta; here it goes through :mod:`accountants.compose`, and the same mesh gives the same digits where Opacus
+is right.
 """
 
 from __future__ import annotations
@@ -24,8 +29,7 @@ from .gaussian import closed_form
 from .lattice import Lattice, midpoint
 from .pairs import Pair
 from .plan import Cumulants, make_plan, saddle_for_delta
-from .rdp import refuse_symmetric
-
+from .rdp import refuse_replaced
 
 MOST_POINTS = 1 << 22
 
@@ -49,7 +53,7 @@ class PRVAccountant(IAccountant):
         """
         delta = checks.delta(delta)
         parts = self.segments()
-        refuse_symmetric(parts, "prv")
+        refuse_replaced(parts, "prv")
         error = _positive(eps_error)
         delta_error = delta / 1000 if delta_error is None else checks.number(delta_error, "delta_error")
         if not 0 < delta_error < delta:
@@ -64,7 +68,8 @@ class PRVAccountant(IAccountant):
 def estimate(parts: Sequence[Segment], delta: float, eps_error: float, delta_error: float) -> float:
     """Epsilon at ``delta`` of the laws rounded to the mesh, the removing direction as in Opacus.
 
-    Where that mesh would need millions of points, the certified upper bound takes its place: never below it by more than rounding.
+    Where that mesh would need millions of points, the certified upper bound takes its place: never below it by more
+    than rounding.
     """
     known = closed_form(parts)
     if known is not None:
@@ -96,4 +101,3 @@ def _positive(eps_error: float) -> float:
     if not 0 < result < math.inf:
         raise ValueError(f"eps_error must lie in (0, inf), got {eps_error!r}")
     return result
-

@@ -1,18 +1,22 @@
 r"""Renyi differential privacy of the Poisson-subsampled Gaussian, and the tightest epsilon that a single order gives.
 
 *Moments.* For order :math:`\alpha`, :math:`A_\alpha=E_{N(0,\sigma^2)}[r^\alpha]` with the likelihood ratio
-:math:`r=1-q+q\,e^{(2x-1)/2\sigma^2}` (Mironov, Talwar and Zhang 2019, Section 3; their Theorem 5 shows that the other direction
-is never larger). The excess :math:`A_\alpha-1` is computed, not :math:`A_\alpha`, as a sum or integral of positive terms, so that it
+:math:`r=1-q+q\,e^{(2x-1)/2\sigma^2}` (Mironov, Talwar and Zhang 2019, Section 3; their Theorem 5 shows that the other
+direction
+is never larger). The excess :math:`A_\alpha-1` is computed, not :math:`A_\alpha`, as a sum or integral of positive
+terms, so that it
 keeps its digits at small q. Steps multiply: :math:`A` of the whole history is the product.
 
-*Conversion.* With :math:`\varphi(r)=r^\alpha-1-\alpha(r-1)`, convex and :math:`\ge0`, and :math:`E[\varphi(r)]=A_\alpha-1`, every tangent
+*Conversion.* With :math:`\varphi(r)=r^\alpha-1-\alpha(r-1)`, convex and :math:`\ge0`, and
+:math:`E[\varphi(r)]=A_\alpha-1`, every tangent
 gives :math:`\varphi'(s)(r-e^\epsilon)\le\varphi(r)` where :math:`e^\epsilon=s-\varphi(s)/\varphi'(s)`, hence
 :math:`\delta(\epsilon)\le(A_\alpha-1)/\varphi'(s)`. Solving for s: with :math:`w=(A_\alpha-1)/(\alpha\delta)` and
 :math:`s=(1+w)^{1/(\alpha-1)}`,
 
 .. math:: e^{\epsilon}=\frac{\alpha-1}{\alpha}\Bigl(s+\frac{s-1}{w}\Bigr).
 
-For large A this is the conversion of Canonne, Kamath and Steinke 2020 (Proposition 12) that Opacus uses; for :math:`A-1\ll1` it is
+For large A this is the conversion of Canonne, Kamath and Steinke 2020 (Proposition 12) that Opacus uses; for
+:math:`A-1\ll1` it is
 far below it, as it knows that the ratio has mean one (the optimum that Asoodeh et al. 2021 characterise).
 """
 
@@ -45,11 +49,14 @@ def log_moment(noise_multiplier: float, sample_rate: float, order: float) -> flo
     integer = float(order).is_integer()
     log_excess = _log_excess_integer(sigma, q, int(order)) if integer else _log_excess_real(sigma, q, order)
     # The few units in the last place that sums of this length can lose are added back.
-    return float(np.logaddexp(0.0, log_excess)) * (1 + 1e-11) if log_excess > -30 else math.exp(log_excess) * (1 + 1e-11)
+    return (
+        float(np.logaddexp(0.0, log_excess)) * (1 + 1e-11) if log_excess > -30 else math.exp(log_excess) * (1 + 1e-11)
+    )
 
 
 def _log_excess_integer(sigma: float, q: float, order: int) -> float:
-    """log(A - 1) = log sum_{k>=2} C(order, k) q^k (1-q)^(order-k) (e^{k(k-1)/2 sigma^2} - 1); the rest of the sum is 1."""
+    """log(A - 1) = log sum_{k>=2} C(order, k) q^k (1-q)^(order-k) (e^{k(k-1)/2 sigma^2} - 1); the rest of the sum is
+    1."""
     k = np.arange(2, order + 1, dtype=float)
     log_binomial = gammaln(order + 1.0) - gammaln(k + 1) - gammaln(order - k + 1)
     exponent = k * (k - 1) / (2 * sigma**2)
@@ -58,12 +65,15 @@ def _log_excess_integer(sigma: float, q: float, order: int) -> float:
 
 
 def _log_excess_real(sigma: float, q: float, order: float) -> float:
-    """log(A - 1) by the trapezoidal rule, whose error falls exponentially: the integrand is analytic in a strip of sigma^2."""
+    """log(A - 1) by the trapezoidal rule, whose error falls exponentially: the integrand is analytic in a strip of
+    sigma^2."""
     spacing = min(sigma / 4, sigma**2 / 3)
     x = np.arange(-12 * sigma, max(order, 1.0) + 12 * sigma + spacing, spacing)
     exponent = (2 * x - 1) / (2 * sigma**2)
     log_ratio = np.where(
-        exponent < 1, np.log1p(q * np.expm1(np.minimum(exponent, 1))), np.logaddexp(math.log1p(-q), math.log(q) + exponent)
+        exponent < 1,
+        np.log1p(q * np.expm1(np.minimum(exponent, 1))),
+        np.logaddexp(math.log1p(-q), math.log(q) + exponent),
     )
     log_density = -(x**2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi) / spacing)
     return _log_sum(log_density + _log_bregman(log_ratio, order))
@@ -79,7 +89,9 @@ def _log_bregman(log_ratio: np.ndarray, order: float) -> np.ndarray:
     big = order * ratio > 600
     direct = np.expm1(np.where(big, 0.0, order * ratio)) - order * np.expm1(np.where(big, 0.0, ratio))
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(small, np.log(np.maximum(series, 0.0)), np.where(big, order * ratio, np.log(np.maximum(direct, 0.0))))
+        return np.where(
+            small, np.log(np.maximum(series, 0.0)), np.where(big, order * ratio, np.log(np.maximum(direct, 0.0)))
+        )
 
 
 def _log_sum(values: np.ndarray) -> float:
@@ -122,7 +134,8 @@ class RDPAccountant(IAccountant):
         return "rdp"
 
     def get_epsilon(self, delta: float, alphas: Sequence[float] | None = None, **kwargs: object) -> float:
-        """Epsilon spent so far at ``delta``; ``alphas``: the orders to try (by default Opacus's, and more where they end)."""
+        """Epsilon spent so far at ``delta``; ``alphas``: the orders to try (by default Opacus's, and more where they
+        end)."""
         return self.get_privacy_spent(delta=delta, alphas=alphas)[0]
 
     def get_privacy_spent(self, *, delta: float, alphas: Sequence[float] | None = None) -> tuple[float, float]:
@@ -131,7 +144,7 @@ class RDPAccountant(IAccountant):
         parts = self.segments()
         if not parts:
             return 0.0, 0.0
-        refuse_symmetric(parts, "rdp")
+        refuse_replaced(parts, "rdp")
         if any(part.noise_multiplier == 0 for part in parts):
             return math.inf, math.nan
         return best_epsilon(parts, delta, alphas)
@@ -139,12 +152,13 @@ class RDPAccountant(IAccountant):
     def get_rdp(self, orders: Sequence[float]) -> np.ndarray:
         """Renyi divergence of the history at each order, an array like ``orders``."""
         parts = self.segments()
-        refuse_symmetric(parts, "rdp")
+        refuse_replaced(parts, "rdp")
         return np.array([_total(parts, order) / (order - 1) for order in orders])
 
 
 def best_epsilon(parts: Sequence[Segment], delta: float, alphas: Sequence[float] | None = None) -> tuple[float, float]:
-    """The smallest epsilon over the orders, and its order; orders beyond the default ones where the best is at their end."""
+    """The smallest epsilon over the orders, and its order; orders beyond the default ones where the best is at their
+    end."""
     if alphas is not None:
         return _best(parts, delta, [checks.number(alpha, "alphas") for alpha in alphas])
     eps, order = _best(parts, delta, DEFAULT_ORDERS)
@@ -179,9 +193,10 @@ def _total(parts: Sequence[Segment], order: float) -> float:
     return math.fsum(part.steps * log_moment(part.noise_multiplier, part.sample_rate, float(order)) for part in parts)
 
 
-def refuse_symmetric(parts: Sequence[Segment], name: str) -> None:
+def refuse_replaced(parts: Sequence[Segment], name: str) -> None:
     """The replace-one curves of sampled mechanisms are known to the "pld" accountant only."""
-    if any(part.kind == "symmetric" and not part.is_gaussian for part in parts):
+    if any(part.kind == "replaced" and not part.is_gaussian for part in parts):
         raise ValueError(
-            f"the {name!r} accountant certifies nothing for this sampling under this relation: use create_accountant('pld')"
+            f"the {name!r} accountant certifies nothing for this sampling under this relation: use "
+            f"create_accountant('pld')"
         )

@@ -1,9 +1,13 @@
 r"""Epsilon after every step of a run, without composing anew each time.
 
-A run of equal steps has the transform :math:`\hat p^n` for every n: one discretisation serves a stretch of step counts, and only the
-frequencies where :math:`|\hat p|^n` is not negligible matter, a few hundred of them once n is large. The sums over the window that
-:class:`accountants.compose.Curve` takes of the inverse transform are geometric series per frequency, so delta at one epsilon costs as many
-operations as there are such frequencies. The bounds are those of :mod:`accountants.compose`; the frequencies left out are counted.
+A run of equal steps has the transform :math:`\hat p^n` for every n: one discretisation serves a stretch of step
+counts, and only the
+frequencies where :math:`|\hat p|^n` is not negligible matter, a few hundred of them once n is large. The sums over
+the window that
+:class:`accountants.compose.Curve` takes of the inverse transform are geometric series per frequency, so delta at one
+epsilon costs as many
+operations as there are such frequencies. The bounds are those of :mod:`accountants.compose`; the frequencies left out
+are counted.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ SHIFT_DIVISORS = (1.0, 2.0, 4.0, 8.0)
 
 
 class Stretch:
-    """Upper bounds on epsilon at ``delta`` for one direction while segment ``growing`` has ``first``..``last`` steps."""
+    """Upper bounds on epsilon at ``delta`` for one direction while segment ``growing`` has ``first``..``last``
+    steps."""
 
     def __init__(self, parts: Parts, growing: int, delta: float) -> None:
         self.first = parts[growing][1]
@@ -58,10 +63,14 @@ class Stretch:
     def _keep(self, spectrum: Spectrum) -> None:
         """The frequencies that matter, and the fixed segments' share of the transform."""
         logs = [spectrum.log_transform(index) for index in range(len(self.tilted))]
-        bound = sum(count * log[1] for count, log in zip(self.counts, logs, strict=True))
+        bound = np.sum([count * log[1] for count, log in zip(self.counts, logs, strict=True)], axis=0)
         kept = np.nonzero(bound > NEGLIGIBLE)[0]
         self.usable = len(kept) <= MOST_FREQUENCIES
-        fixed = [(count, log) for index, (count, log) in enumerate(zip(self.counts, logs, strict=True)) if index != self.growing]
+        fixed = [
+            (count, log)
+            for index, (count, log) in enumerate(zip(self.counts, logs, strict=True))
+            if index != self.growing
+        ]
         self.fixed_power = sum((count * log[0][kept] for count, log in fixed), np.zeros(len(kept), dtype=complex))
         self.fixed_bound = sum((count * log[1][kept] for count, log in fixed), np.zeros(len(kept)))
         self.power, self.bound = (part[kept] for part in logs[self.growing])
@@ -101,7 +110,9 @@ class _At:
         most = np.exp(stretch.fixed_bound + steps * stretch.bound)
         product = np.exp(power)
         rounding = 8 * UNIT * (np.abs(power.real) + np.abs(power.imag) + 40)
-        self.eta = float(stretch.double @ (np.maximum(most - np.abs(product), 0.0) + rounding * most)) + math.exp(NEGLIGIBLE)
+        self.eta = float(stretch.double @ (np.maximum(most - np.abs(product), 0.0) + rounding * most)) + math.exp(
+            NEGLIGIBLE
+        )
         offset = math.fsum(count * part.centre for part, count in zip(parts, counts, strict=True))
         first = math.floor((plan.low - offset) / plan.step)
         self.start = offset + first * plan.step
@@ -110,9 +121,15 @@ class _At:
         turn = (index * (first % stretch.size)) % stretch.size
         self.weight = stretch.double * product * np.exp(2j * math.pi * turn / stretch.size)
         self.log_unit = math.fsum(count * part.log_size for part, count in zip(parts, counts, strict=True))
-        self.relative = math.fsum(count * part.spread for part, count in zip(parts, counts, strict=True)) + 8 * UNIT * abs(self.log_unit)
+        self.relative = math.fsum(
+            count * part.spread for part, count in zip(parts, counts, strict=True)
+        ) + 8 * UNIT * abs(self.log_unit)
         self.infinite = math.fsum(count * part.lattice.infinite for part, count in zip(parts, counts, strict=True))
-        self.drift = 8 * UNIT * (math.fsum(count * abs(part.centre) for part, count in zip(parts, counts, strict=True)) + abs(self.start))
+        self.drift = (
+            8
+            * UNIT
+            * (math.fsum(count * abs(part.centre) for part, count in zip(parts, counts, strict=True)) + abs(self.start))
+        )
         end = self.start + (stretch.size - 1) * plan.step
         self.outside = math.exp(min(
             [0.0] + [math.fsum(c * m for c, m in zip(counts, moments, strict=True)) - shift * end
@@ -128,7 +145,8 @@ class _At:
             return None
         ahead = self.start + m * plan.step - epsilon  # the first counted loss lies this much above epsilon
         omega, theta, step = self.stretch.omega, plan.theta, plan.step
-        # Losses s_m .. s_{N-1}: e^{-theta (s - epsilon)} and e^{-(theta + 1)(s - epsilon)} times the mass, as geometric series.
+        # Losses s_m .. s_{N-1}: e^{-theta (s - epsilon)} and e^{-(theta + 1)(s - epsilon)} times the mass, as
+        # geometric series.
         phase = np.exp(1j * ((omega * m) % (2 * math.pi)))
         sums, size_of = [], []
         for rate in (theta, theta + 1):
@@ -136,7 +154,9 @@ class _At:
             series = (phase - math.exp(-rate * step * (size - m))) / (1 - ratio) * math.exp(-rate * ahead)
             sums.append(float((self.weight * series).sum().real))
             size_of.append(float(np.abs(self.weight) @ np.abs(series)))
-        flat = sum(sign * math.exp(-rate * ahead) / -math.expm1(-rate * step) for rate, sign in ((theta, 1), (theta + 1, -1)))
+        flat = sum(
+            sign * math.exp(-rate * ahead) / -math.expm1(-rate * step) for rate, sign in ((theta, 1), (theta + 1, -1))
+        )
         rounding = 64 * UNIT * sum(size_of) * (1 + 1 / (min(theta, 1.0) * step * size))
         value = sums[0] - sums[1] + self.eta * max(flat, 0.0) + rounding + self.outside
         if value <= 0:
@@ -148,7 +168,8 @@ class _At:
 class Follower:
     """Remembers the last answers of one accountant, so that asking after every step is cheap.
 
-    Where no stretch can serve (few steps yet, or single large losses matter), the answer for a few steps further on is given as
+    Where no stretch can serve (few steps yet, or single large losses matter), the answer for a few steps further on
+    is given as
     long as it is within ``slack`` of the last one: epsilon rises with the steps, so that is a bound as well.
     """
 
@@ -185,7 +206,9 @@ class Follower:
             return max(result, previous)
         further = steps + max(1, steps // 50)
         parts = [*key]
-        parts[growing] = type(key[growing])(key[growing].noise_multiplier, key[growing].sample_rate, further, key[growing].kind)
+        parts[growing] = type(key[growing])(
+            key[growing].noise_multiplier, key[growing].sample_rate, further, key[growing].kind
+        )
         value = epsilon_bound(parts, delta, upper=True)
         if value > previous * (1 + self.relative_slack) + self.absolute_slack:
             return None
@@ -214,7 +237,9 @@ class Follower:
                 return max(removed, added)
         return None
 
-    def _one_way(self, name: tuple, key: tuple, growing: int, delta: float, add: bool, ask: int | None = None) -> float | None:
+    def _one_way(
+        self, name: tuple, key: tuple, growing: int, delta: float, add: bool, ask: int | None = None
+    ) -> float | None:
         steps = key[growing].steps if ask is None else ask
         stretch = self.stretches.get((*name, add))
         if stretch is None or not stretch.first <= steps <= stretch.last:

@@ -1,6 +1,7 @@
-"""Figures of Google's dp_accounting for ``data/dp_accounting.json``; run it in an environment of its own, it is not a dependency.
+"""Figures of Google's dp_accounting for ``data/dp_accounting.json``; run it in an environment of its own, it is not a
+dependency.
 
-    python3 -m venv oracle && oracle/bin/pip install dp-accounting && oracle/bin/python tests/accountants/oracle.py
+python3 -m venv oracle && oracle/bin/pip install dp-accounting && oracle/bin/python tests/accountants/oracle.py
 """
 
 from __future__ import annotations

@@ -1,11 +1,15 @@
-r"""The true epsilon by a second way, which shares nothing with the package: contour integration of the moment generating function.
+r"""The true epsilon by a second way, which shares nothing with the package: contour integration of the moment
+generating function.
 
 With :math:`M(s)=E[e^{sL}]` of one step's privacy loss, for any :math:`\theta>0`
 
-.. math:: \delta(\epsilon)=\frac1{2\pi i}\int_{\theta-i\infty}^{\theta+i\infty}\frac{M(s)^n e^{-s\epsilon}}{s(s+1)}\,ds .
+.. math:: \delta(\epsilon)=\frac1{2\pi i}\int_{\theta-i\infty}^{\theta+i\infty}\frac{M(s)^n
+e^{-s\epsilon}}{s(s+1)}\,ds .
 
-M by the trapezoidal rule in x (the integrand is analytic, so the error falls exponentially), the contour integral by the
-trapezoidal rule in :math:`\omega` up to where the integrand has died; both are refined until the answer stands still. No lattice, no FFT.
+M by the trapezoidal rule in x (the integrand is analytic, so the error falls exponentially), the contour integral by
+the
+trapezoidal rule in :math:`\omega` up to where the integrand has died; both are refined until the answer stands still.
+No lattice, no FFT.
 
 ``python -m tests.accountants.truth`` writes ``data/truth.json`` (a few minutes).
 """
@@ -24,11 +28,15 @@ DATA = Path(__file__).parent / "data" / "truth.json"
 class Contour:
     """One direction of the subsampled Gaussian composed ``steps`` times, along the line Re s = theta."""
 
-    def __init__(self, sigma: float, q: float, steps: int, add: bool, theta: float, fineness: int, reach: float) -> None:
+    def __init__(
+        self, sigma: float, q: float, steps: int, add: bool, theta: float, fineness: int, reach: float
+    ) -> None:
         spacing = min(sigma, sigma**2) / (8 * fineness)
         x = np.arange(-13 * sigma, max(1.0, 1.0 + 0 * theta) + 14 * sigma, spacing)
         y = (2 * x - 1) / (2 * sigma**2)
-        mixture = np.where(y < 30, np.log1p(q * np.expm1(np.minimum(y, 30))), math.log(q) + y + np.log1p((1 - q) / q * np.exp(-y)))
+        mixture = np.where(
+            y < 30, np.log1p(q * np.expm1(np.minimum(y, 30))), math.log(q) + y + np.log1p((1 - q) / q * np.exp(-y))
+        )
         weight = np.exp(-(x**2) / (2 * sigma**2)) * spacing / (sigma * math.sqrt(2 * math.pi))
         self.loss, log_weight = (-mixture, np.log(weight)) if add else (mixture, np.log(weight) + mixture)
         exponent = log_weight + theta * self.loss
@@ -71,7 +79,9 @@ def epsilon_one_way(sigma: float, q: float, steps: int, delta: float, add: bool,
     for _ in range(40):  # the tilt whose Chernoff bound is delta, near enough
         theta = math.exp((low + high) / 2)
         value, mean = _cumulant(sigma, q, steps, add, theta)
-        low, high = ((low + high) / 2, high) if value - theta * mean > math.log(delta) or mean < 0 else (low, (low + high) / 2)
+        low, high = (
+            ((low + high) / 2, high) if value - theta * mean > math.log(delta) or mean < 0 else (low, (low + high) / 2)
+        )
     contour = Contour(sigma, q, steps, add, math.exp((low + high) / 2), fineness, reach)
     width = math.sqrt(contour.variance)
     bottom, top = max(contour.mean - 6 * width, 0.0), contour.mean + 6 * width
@@ -105,7 +115,8 @@ def true_epsilon(sigma: float, q: float, steps: int, delta: float) -> tuple[floa
 def grid() -> list[tuple[float, float, int, float]]:
     """The table of known failures of other libraries, and a grid around it."""
     table = [
-        (1.1, 256 / 60000, 14062, 1e-5), (4.0, 0.01, 10000, 1e-5), (2.5, 0.01279, 71589, 8e-7), (1.0, 1e-5, 50000, 1e-8),
+        (1.1, 256 / 60000, 14062, 1e-5), (4.0, 0.01, 10000, 1e-5), (2.5, 0.01279, 71589, 8e-7), (1.0, 1e-5, 50000,
+        1e-8),
         (0.5, 1e-5, 20000, 1e-9), (1.1, 256 / 60000, 14062, 1e-13), (1.1, 256 / 60000, 14062, 1e-14),
         (1.1, 256 / 60000, 14062, 1e-16), (4.0, 1024 / 50000, 10000, 1e-5), (1.5, 0.04, 2250, 1e-5),
     ]  # fmt: skip
@@ -131,7 +142,9 @@ def main() -> None:
         rows.append({"sigma": sigma, "q": q, "steps": steps, "delta": delta, "epsilon": epsilon, "moved": moved})
         print(rows[-1], flush=True)
     DATA.parent.mkdir(exist_ok=True)
-    DATA.write_text(json.dumps({"made_by": "python -m tests.accountants.truth", "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    DATA.write_text(
+        json.dumps({"made_by": "python -m tests.accountants.truth", "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":
