@@ -90,7 +90,7 @@ class Capture:
         self.forwards: dict[str, CapturedForward] = {}
         self._sites: list[tuple[dict[str, Any], str, Tracked]] = []
         self._inside: dict[str, list[tuple[dict[str, Any], str, Tracked]]] = {}
-        self.before_first: Callable[[tuple[Any, ...], dict[str, Any], int], CapturedForward] | None = None
+        self.whole: Callable[[tuple[Any, ...], dict[str, Any], int], Any] | None = None  # a call of the model itself
 
     def attach(self, runners: dict[str, Runner], subtrees: set[str], covered: set[str]) -> None:
         """Installs captured forwards, and tracks all trainable parameters.
@@ -135,6 +135,12 @@ class Capture:
             forward.remove()
         self.forwards, self._sites, self._inside = {}, [], {}
 
+    def stale(self) -> bool:
+        """Whether a parameter was given other storage since it was tracked (`model.to(...)`, `p.data = ...`)."""
+        return any(
+            t.gsm_param is not None and t.gsm_value.data_ptr() != t.gsm_param.data_ptr() for _, _, t in self._sites
+        )
+
     def open(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs a forward as a pass of its own."""
         recomputed = torch._C._current_graph_task_id() != -1 and self.tape.groups
@@ -146,10 +152,9 @@ class Capture:
                 f"{type(forward.module).__name__} was called without any tensor among its arguments, so the batch "
                 "size is unknown: pass the inputs as tensors (in tuples, lists or dicts if need be)."
             )
-        if self.before_first is not None and forward.module is self.root:
-            forward = self.before_first(args, kwargs, size)
-        assert forward.capture is not None  # perhaps another one than self: the plan may have changed
-        return forward.capture.run_pass(forward, args, kwargs, size)
+        if self.whole is not None and forward.module is self.root:
+            return self.whole(args, kwargs, size)
+        return self.run_pass(forward, args, kwargs, size)
 
     def run_pass(
         self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, log: Any = None

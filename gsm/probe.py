@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from gsm.capture import Capture, CapturedForward, tensors_in
-from gsm.layout import UNKNOWN, Layout
+from gsm.layout import UNKNOWN, Layout, Rows
+from gsm.locate import Log
+from gsm.ownership import owners_in_layout
 
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 
@@ -51,22 +53,20 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
     # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
-    hidden: list[tuple[Any, float]] = [
-        (m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
-    ]
+    hidden = [(m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
     devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
     try:
         for m in dropouts:
             m.training = False
-        for layer, _ in hidden:
-            layer.dropout = 0.0
+        for m, _ in hidden:
+            m.dropout = 0.0
         with torch.random.fork_rng(devices=devices), NoDropout():
             yield
     finally:
         for m in dropouts:
             m.training = True
-        for layer, p in hidden:
-            layer.dropout = p
+        for m, p in hidden:
+            m.dropout = p
         with torch.no_grad():
             for b, before in buffers:
                 if b.shape == before.shape:
@@ -137,6 +137,9 @@ def probe(
 ) -> None:
     """Fills ``tape.layouts``; ``strict`` also checks that samples do not influence each other.
 
+    What a tensor was taken for decides which of them are looked at next, so the model runs again until
+    everything was taken for what it turned out to be.
+
     Raises:
         gsm.layout.Unresolvable: if a parameter's use has no rule (the caller escalates to the subtree and tries again).
         SamplesInfluenceEachOther: if a sample's values change with its neighbours.
@@ -144,33 +147,56 @@ def probe(
     tape = capture.tape
     tape.layouts = {}
     first, second = sizes_for(tensors_in(args, kwargs))
-    logs: list[dict[Any, Tensor]] = []
-    outputs = []
-    with undisturbed(capture.root):
-        for n, skip in ((first, 0), (second, first)):
-            log: dict[Any, Tensor] = {}
-            a, k = (resized(v, size, n, tape.batch_first, skip) for v in (args, kwargs))
-            with saved_bytes(capture.root) as saved:
-                outputs.append(capture.run_pass(forward, a, k, n, log))
-            logs.append(log)
-            tape.planner.activation_bytes = sum(saved.values()) / n
-    for key, x in logs[0].items():
-        y = logs[1].get(key)
-        if y is None:
+    for attempt in range(4):
+        logs: list[Log] = []
+        outputs = []
+        with undisturbed(capture.root):
+            for n, skip in ((first, 0), (second, first)):
+                log = Log()
+                log.dry = attempt == 0
+                a, k = (resized(v, size, n, tape.batch_first, skip) for v in (args, kwargs))
+                with saved_bytes(capture.root) as saved:
+                    outputs.append(capture.run_pass(forward, a, k, n, log))
+                logs.append(log)
+                tape.planner.activation_bytes = sum(saved.values()) / n
+        tape.layouts = learned(logs[0], logs[1], first, second, strict)
+        if not (logs[0].skipped or logs[1].skipped) and all(_as_taken(log, tape.layouts) for log in logs):
+            break
+    for x, y in zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False):
+        if strict:
+            _check_influence(x, y, first, second, compare(x, y, first, second), "the model's output")
+
+
+def learned(one: Log, other: Log, first: int, second: int, strict: bool) -> dict[tuple[str, int], Layout | None]:
+    """The layouts that two forwards show."""
+    layouts: dict[tuple[str, int], Layout | None] = {}
+    for key in {**one, **other}:
+        if key not in one or key not in other:
+            if not (one.skipped or other.skipped):  # else what is missing was cut short
+                layouts[key] = UNKNOWN
             continue
-        layout = compare(x, y, first, second)
-        tape.layouts[key] = layout
+        a, b = one[key], other[key]
+        if a.picked or b.picked:
+            layouts[key] = UNKNOWN
+            continue
+        layouts[key] = compare(a.x, b.x, first, second, a.owner)
         if strict:
-            _check_influence(x, y, first, second, layout, key[0])
-    pairs = zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False)
-    for x, y in pairs:
-        layout = compare(x, y, first, second)
-        if strict:
-            _check_influence(x, y, first, second, layout, "the model's output")
+            _check_influence(a.x, b.x, first, second, layouts[key], key[0])
+    return layouts
 
 
-def compare(x: Tensor, y: Tensor, first: int, second: int) -> Layout | None:
-    """The layout shown by one tensor at two batch sizes; None for no batch, `UNKNOWN` if nothing fits."""
+def _as_taken(log: Log, layouts: dict[tuple[str, int], Layout | None]) -> bool:
+    return all(
+        seen.told or (isinstance(seen.taken, Rows) if layouts[key] is UNKNOWN else seen.taken == layouts[key])
+        for key, seen in log.items()
+    )
+
+
+def compare(x: Tensor, y: Tensor, first: int, second: int, owner: Tensor | None = None) -> Layout | None:
+    """The layout shown by one tensor at two batch sizes; None for no batch, `UNKNOWN` if nothing fits.
+
+    ``owner`` is the sample of each row of ``x``, if the graph told.
+    """
     if x.dim() != y.dim():
         return UNKNOWN
     moved = [i for i in range(x.dim()) if x.shape[i] != y.shape[i]]
@@ -180,11 +206,16 @@ def compare(x: Tensor, y: Tensor, first: int, second: int) -> Layout | None:
     exact = [i for i in moved if (x.shape[i], y.shape[i]) == (first, second)]
     if len(exact) == 1:  # others may move with the samples' lengths
         return Layout(exact[0])
-    if len(moved) == 1 and x.shape[dim] % first == 0 and x.shape[dim] // first * second == y.shape[dim]:
-        for flat in ("major", "minor"):
-            layout = Layout(dim, flat)
-            if x.is_meta or _same(layout.to_front(x, first)[0], layout.to_front(y, second)[0]):
+    if len(moved) > 1 or x.shape[dim] % first or x.shape[dim] // first * second != y.shape[dim]:
+        return UNKNOWN
+    positions = x.shape[dim] // first
+    outers = [n for n in range(2, positions) if positions % n == 0]
+    for layout in (Layout(dim, "major"), Layout(dim, "minor"), *(Layout(dim, "middle", n) for n in outers)):
+        if owner is not None and dim == 0:
+            if torch.equal(owners_in_layout(layout, x.shape[:1], first), owner):
                 return layout
+        elif x.is_meta or _same(layout.to_front(x, first)[0], layout.to_front(y, second)[0]):
+            return layout
     return UNKNOWN
 
 

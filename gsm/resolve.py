@@ -12,9 +12,9 @@ from grad_samplers import Sampler, sampler_of
 from grad_samplers.functional import Call, bind, known
 from gsm.contributions import Record
 from gsm.functions import Expand, Tap
-from gsm.layout import BATCH_FIRST, Layout, Unresolvable
+from gsm.layout import BATCH_FIRST, Layout, Rows, Unresolvable
 from gsm.tape import Pass, Tape
-from gsm.tracked import SHAPE_ONLY, Tracked, apply_to_values, tracked_in
+from gsm.tracked import SHAPE_ONLY, Tracked, apply_to_values, plain, tracked_in
 
 # Samplers that take any number of positions between the batch and the features.
 _ANY_RANK = {nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm}
@@ -43,14 +43,22 @@ def resolve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             )
         if tape.inside is not None:
             raise Unresolvable(f"{tape.inside}: it also uses {tracked[0].gsm_name} from outside", subtree=tape.inside)
-        if known(func):
-            return known_call(active, func, args, kwargs)
-        rule = RULES.get(name.strip("_"))
-        if rule is not None:
+        rule = known_call if known(func) else RULES.get(name.strip("_"), _unknown)
+        try:
             return rule(active, func, args, kwargs)
-        if not any(is_batched(active, tracked[0], name, x) for x in plain_tensors(args, kwargs)):
-            return apply_to_values(func, args, kwargs)
+        except Unresolvable:
+            if active.log is None or not active.log.dry:
+                raise
+        active.log.skipped = True  # perhaps only because a shape misled: look again when layouts are known
+        return func(*[plain(a) for a in args], **{k: plain(v) for k, v in kwargs.items()})
+
+
+def _unknown(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A function without a rule: of parameters and constants alone it is fine."""
+    tracked, name = tracked_in(args, kwargs), getattr(func, "__name__", "")
+    if any(is_batched(active, tracked[0], name, x) for x in plain_tensors(args, kwargs)):
         raise unresolvable(tracked, name)
+    return apply_to_values(func, args, kwargs)
 
 
 def unresolvable(tracked: list[Tracked], name: str, why: str = "") -> Unresolvable:
@@ -72,7 +80,9 @@ def is_batched(active: Pass, target: Tracked, name: str, x: Tensor) -> bool:
     return x.dim() > 0 and layout_of(active, target, name, x) is not None
 
 
-def layout_of(active: Pass, target: Tracked, name: str, x: Tensor, batch_dim: int | None = None) -> Layout | None:
+def layout_of(
+    active: Pass, target: Tracked, name: str, x: Tensor, batch_dim: int | None = None
+) -> Layout | Rows | None:
     try:
         return active.layout(f"{target.gsm_name}:{name}", x, batch_dim)
     except Unresolvable as error:
@@ -102,8 +112,8 @@ class LayerUse:
     def __init__(self, active: Pass, call: Call, targets: list[tuple[Tensor, Tracked]], layer: Any, sampler: Sampler):
         self.tape, self.group, self.batch_size = active.tape, active.group, active.batch_size
         self.layer, self.sampler, self.targets = layer, sampler, targets
-        self.layouts: list[Layout | None] = []
-        self.out_layout: Layout = BATCH_FIRST
+        self.layouts: list[Layout | Rows | None] = []
+        self.out_layout: Layout | Rows = BATCH_FIRST
         self.fold = 1
         self.lead: torch.Size | None = None  # leading dimensions, if the call was made on flattened rows
 
@@ -113,7 +123,7 @@ class LayerUse:
         record = Record(self.layer, self.sampler, activations, backprops, self.batch_size, self.fold)
         self.tape.receive(self.group, record, self.targets)
 
-    def _front(self, x: Tensor, layout: Layout | None) -> Tensor:
+    def _front(self, x: Tensor, layout: Layout | Rows | None) -> Tensor:
         if self.lead is not None:
             x = x.view(*self.lead, *x.shape[1:])
         if layout is None:
@@ -168,14 +178,14 @@ def _placeholders(call: Call) -> tuple[dict[str, Tensor | None], list[tuple[Tens
     return parameters, targets
 
 
-def _arrange(use: LayerUse, call: Call, layouts: list[Layout | None]) -> None:
+def _arrange(use: LayerUse, call: Call, layouts: list[Layout | Rows | None]) -> None:
     first = layouts[0]
     assert first is not None
     if call.layer_type is nn.EmbeddingBag and call.activations[1] is not None:
         use.layouts = [None] * sum(a is not None for a in call.activations)  # offsets: the bags are the samples
         return
     if first.flat and call.layer_type not in _ANY_RANK:
-        use.fold = call.activations[0].shape[first.dim] // max(use.batch_size, 1)
+        use.fold = first.positions(call.activations[0], use.batch_size)
     use.layouts = [lay for a, lay in zip(call.activations, layouts, strict=True) if a is not None]
     use.out_layout = first
 
@@ -241,45 +251,46 @@ def expanded(active: Pass, target: Tracked) -> Tensor:
     return Expand.apply(active.tape.anchor, ExpandUse(active, target), target.gsm_value.detach())
 
 
-def aligned(active: Pass, target: Tracked, name: str, dim: int, layout: Layout, positions: int = 1) -> Tensor:
-    """``target``, one copy per sample, shaped to broadcast against a tensor whose batch is at ``dim`` < 0."""
+def aligned(active: Pass, target: Tracked, name: str, dim: int, layout: Layout | Rows, count: int = 0) -> Tensor:
+    """``target``, one copy per sample, shaped to broadcast against a tensor whose batch is at ``dim`` < 0.
+
+    ``count`` is that tensor's size there, where positions are folded into the batch.
+    """
     n, copies = target.dim(), expanded(active, target)
     if n < -dim:
         copies = copies.reshape(active.batch_size, *[1] * (-dim - 1 - n), *target.shape)
-        at = 0
-    else:
-        at = n + dim
-        if target.shape[at] != 1:
-            raise unresolvable(
-                [target], name, f" with {target.shape[at]} entries where the other operand has its batch"
-            )
-        copies = copies.squeeze(1 + at).movedim(0, at)
-    if layout.flat:
-        inner = (at, at + 1) if layout.flat == "minor" else (at + 1, at)
-        copies = copies.unsqueeze(inner[0] if layout.flat == "minor" else at + 1)
-        place = at if layout.flat == "minor" else at + 1
-        sizes = list(copies.shape)
-        sizes[place] = positions
-        copies = copies.expand(sizes).flatten(at, at + 1)
-    return copies
+        return layout.spread(copies, 0, count, active.batch_size)
+    at = n + dim
+    if target.shape[at] == 1:
+        return layout.spread(copies.squeeze(1 + at).movedim(0, at), at, count, active.batch_size)
+    if isinstance(layout, Rows) and at == 0 and target.shape[0] == count:  # a row of the parameter for each row
+        return copies[layout.owner, torch.arange(count, device=copies.device)]
+    raise unresolvable([target], name, f" with {target.shape[at]} entries where the other operand has its batch")
 
 
 def reference(
     active: Pass, tracked: list[Tracked], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[int, Layout, int] | None:
-    """Batch position (from the end), layout and positions per sample of the operands that depend on the samples."""
-    best: tuple[int, Layout, int] | None = None
+) -> tuple[int, Layout | Rows, int] | None:
+    """Batch position (from the end), layout and size there of the operands that depend on the samples."""
+    best: tuple[int, Layout | Rows, int] | None = None
     for x in plain_tensors(args, kwargs):
         if x.dim() == 0:
             continue
         layout = layout_of(active, tracked[0], name, x)
         if layout is None:
             continue
-        found = (layout.dim - x.dim(), layout, x.shape[layout.dim] // max(active.batch_size, 1))
-        if best is not None and (best[0] != found[0] or best[1].flat != found[1].flat):
+        found = (layout.dim - x.dim(), layout, x.shape[layout.dim])
+        if best is not None and not _agree(best, found):
             raise unresolvable(tracked, name, " on operands with their batch in different places")
         best = found
     return best
+
+
+def _agree(one: tuple[int, Layout | Rows, int], other: tuple[int, Layout | Rows, int]) -> bool:
+    if isinstance(one[1], Rows) and isinstance(other[1], Rows):
+        return one[0] == other[0] and torch.equal(one[1].owner, other[1].owner)
+    same_order = one[1].flat == other[1].flat and getattr(one[1], "outer", 1) == getattr(other[1], "outer", 1)
+    return one[0] == other[0] and same_order
 
 
 def broadcast(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -288,11 +299,11 @@ def broadcast(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kwa
     where = reference(active, tracked, name, args, kwargs)
     if where is None:
         return apply_to_values(func, args, kwargs)
-    dim, layout, positions = where
+    dim, layout, count = where
 
     def place(value: Any) -> Any:
         if isinstance(value, Tracked):
-            return aligned(active, value, name, dim, layout, positions)
+            return aligned(active, value, name, dim, layout, count)
         return type(value)(place(v) for v in value) if isinstance(value, (list, tuple)) else value
 
     return func(*[place(a) for a in args], **{k: place(v) for k, v in kwargs.items()})

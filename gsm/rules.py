@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grad_samplers.attention import multi_head_attention
-from gsm.layout import Layout
+from gsm.layout import Layout, Untold
 from gsm.resolve import aligned, broadcast, expanded, known_call, layout_of, plain_tensors, reference, unresolvable
 from gsm.tape import Pass
 from gsm.tracked import Tracked, apply_to_values, plain, tracked_in
@@ -69,16 +69,46 @@ def matmul(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -
 
 
 def _stacked_matmul(active: Pass, func: Callable[..., Any], left: Any, right: Any) -> Tensor:
-    where = reference(active, tracked_in((left, right), {}), func.__name__, (left, right), {})
+    tracked = tracked_in((left, right), {})
+    where = reference(active, tracked, func.__name__, (left, right), {})
     assert where is not None
-    dim, layout, positions = where
+    dim, layout, count = where
+    if dim == -2 and isinstance(right, Tracked) and left.dim() == right.dim() == 3 and len(left) == len(right):
+        return torch.stack([_rows(active, x, _moved(right, _piece_t, i)) for i, x in enumerate(left.unbind(0))])
     if dim >= -2:
-        raise unresolvable(tracked_in((left, right), {}), func.__name__, " that contracts or mixes the batch")
+        raise unresolvable(tracked, func.__name__, " that contracts or mixes the batch")
     pair = [
-        aligned(active, v, func.__name__, dim, layout, positions) if isinstance(v, Tracked) else v
-        for v in (left, right)
+        aligned(active, v, func.__name__, dim, layout, count) if isinstance(v, Tracked) else v for v in (left, right)
     ]
     return torch.matmul(*pair)
+
+
+def _piece_t(stack: Tensor, i: int) -> Tensor:
+    return stack[i].t()
+
+
+def grouped_mm(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+    """Rows sorted by expert times the expert's matrix: one linear layer per expert, on its own rows."""
+    x, weight, offs, *rest = _named(("input", "mat2", "offs"), ("self", "weight", "offs"), args, kwargs)
+    tracked = tracked_in(args, kwargs)
+    if not isinstance(weight, Tracked) or isinstance(x, Tracked) or x.dim() != 2 or weight.dim() != 3 or any(rest):
+        raise unresolvable(tracked, func.__name__, " in an unusual form")
+    ends = offs.tolist()
+    pieces = [
+        _rows(active, x[start:end], _moved(weight, _piece_t, i))
+        for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+    ]
+    if ends[-1] < x.shape[0]:
+        pieces.append(x.new_zeros(x.shape[0] - ends[-1], weight.shape[-1]))
+    return torch.cat(pieces)
+
+
+def _named(one: tuple[str, ...], other: tuple[str, ...], args: Args, kwargs: Kwargs) -> list[Any]:
+    """Arguments in order, whichever of two names each goes by, then what is left over."""
+    values, left = list(args), dict(kwargs)
+    for a, b in zip(one[len(values) :], other[len(values) :], strict=True):
+        values.append(left.pop(a, left.pop(b, None)))
+    return values + [v for v in left.values() if v is not None]
 
 
 def addmm(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -183,7 +213,11 @@ def getitem(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) 
         return func(plain(target), plain(index))
     parts = index if isinstance(index, tuple) else (index,)
     tensors = [i for i in parts if isinstance(i, Tensor) and i.dim()]
-    if not any(layout_of(active, target, "getitem", i) is not None for i in tensors):
+    try:
+        batched = [active.layout(f"{target.gsm_name}:getitem", i) is not None for i in tensors]
+    except Untold:  # entries picked for rows in an order of their own: that order is known where they meet the rows
+        return apply_to_values(func, args, kwargs)
+    if not any(batched):
         return apply_to_values(func, args, kwargs)
     rest = [i for i in parts[1:] if not (isinstance(i, slice) and i == slice(None)) and i is not Ellipsis]
     first = parts[0]
@@ -256,6 +290,7 @@ RULES: dict[str, Callable[[Pass, Callable[..., Any], Args, Kwargs], Any]] = {
     "tile": repeat,
     "repeat_interleave": repeat_interleave,
     "addmm": addmm,
+    **{name: grouped_mm for name in ("grouped_mm", "grouped_mm_fallback")},
     "einsum": einsum,
     "getitem": getitem,
     "index_select": index_select,

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gsm.capture import Capture, CapturedForward, Runner
-from gsm.layout import Layout, Unresolvable
+from gsm.layout import Layout, Rows, Unresolvable
 from gsm.resolve import expanded
 from gsm.tape import Pass
 from gsm.tracked import Tracked
@@ -43,11 +43,16 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
         if any(isinstance(x, Tracked) for x in leaves):
             raise NotPerSample(f"{path}: its input is a parameter that has not met a sample", subtree=path)
         layouts = [_layout(active, path, i, x) for i, x in enumerate(leaves)]
+        if any(isinstance(lay, Rows) for lay in layouts):
+            raise NotPerSample(f"{path}: the rows of its inputs are ordered by the data", subtree=path)
         if not any(layouts) and path:
             raise NotPerSample(f"{path}: none of its inputs depends on the samples", subtree=path)
         with _inside(capture, forward, path):
             if active.batch_size == 0:
                 return _empty(active, module, tracked, args, kwargs)
+            if active.log is not None and active.log.dry:
+                active.log.skipped = True
+                return _plain(module, tracked, args, kwargs)
             if not loop and active.log is not None:
                 _check_vmap(module, tracked, leaves, layouts, spec, active.batch_size, path)
             copies = {n: expanded(active, t) for n, t in tracked.items()}
@@ -215,4 +220,10 @@ def _empty(
 ) -> Any:
     """No samples: the subtree runs on the empty batch, and its parameters' gradient is zero."""
     params = {n: t.gsm_value.detach() + expanded(active, t).sum(0) for n, t in tracked.items()}
+    return functional_call(module, params, args, kwargs, tie_weights=True)
+
+
+def _plain(module: nn.Module, tracked: dict[str, Tracked], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The whole batch at once, with nothing captured: all that a first look at the model needs."""
+    params = {n: t.gsm_value.detach().requires_grad_() for n, t in tracked.items()}
     return functional_call(module, params, args, kwargs, tie_weights=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from gsm import drawn
 from gsm.contributions import Contribution, Dense, Paired, Pulled, Record
 from gsm.groups import Group
-from gsm.layout import UNKNOWN, Layout, Unresolvable, guess
+from gsm.layout import Layout, Rows
+from gsm.locate import Log, locate
 
 if TYPE_CHECKING:
     from gsm.planner import Planner
@@ -29,32 +30,13 @@ class Pass:
 
     __slots__ = ("batch_size", "group", "tape", "visits", "log")
 
-    def __init__(self, tape: Tape, batch_size: int, group: Group, log: dict[Any, Any] | None = None):
+    def __init__(self, tape: Tape, batch_size: int, group: Group, log: Log | None = None):
         self.tape, self.batch_size, self.group, self.log = tape, batch_size, group, log
         self.visits: Counter[str] = Counter()
 
-    def layout(self, site: str, x: Tensor, batch_dim: int | None = None) -> Layout | None:
+    def layout(self, site: str, x: Tensor, batch_dim: int | None = None) -> Layout | Rows | None:
         """The layout of ``x`` at this site (a parameter's name and the function that uses it)."""
-        visit = self.visits[site]
-        self.visits[site] = visit + 1
-        if self.log is not None:
-            self.log[site, visit] = x.detach()
-        known = self.tape.layouts.get((site, visit), Ellipsis)
-        if known is UNKNOWN and batch_dim is None and list(x.shape).count(self.batch_size) != 1:
-            raise Unresolvable(f"a tensor of shape {tuple(x.shape)} holds the samples in a way that shapes do not show")
-        if known is not Ellipsis and known is not UNKNOWN and _fits(known, x, self.batch_size):  # type: ignore[arg-type]
-            return known  # type: ignore[return-value]
-        first = self.tape.batch_first
-        return guess(tuple(x.shape), self.batch_size, depends=x.requires_grad, batch_first=first, batch_dim=batch_dim)
-
-
-def _fits(layout: Layout | None, x: Tensor, batch_size: int) -> bool:
-    if layout is None:
-        return not x.requires_grad
-    if x.dim() <= layout.dim:
-        return False
-    n = x.shape[layout.dim]
-    return n % batch_size == 0 if layout.flat and batch_size else n == batch_size
+        return locate(self, site, x, batch_dim)
 
 
 class Tape:
@@ -77,7 +59,7 @@ class Tape:
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
-    def begin(self, batch_size: int, log: dict[Any, Any] | None = None) -> Pass:
+    def begin(self, batch_size: int, log: Log | None = None) -> Pass:
         """Starts a pass; the caller ends it by restoring ``active``."""
         if log is not None:
             return Pass(self, batch_size, Group(batch_size, 1.0), log)
@@ -140,8 +122,8 @@ class Tape:
     def _mark(self, group: Group) -> None:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "Per-sample gradients of a backward with create_graph=True are not defined: what is captured would be "
-                "the gradients of the inner derivative. Compute gradient penalties outside the wrapped model."
+                "Per-sample gradients of a backward with create_graph=True are not defined: those captured would "
+                "be of the inner derivative. Compute gradient penalties outside the wrapped model."
             )
         group.delivered = True
         if not any(g is group for g in self.groups):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class CapturePlan:
         self.root, self.tape, self.mode, self.strict = root, tape, mode, strict
         self.subtrees: dict[str, str] = {}  # path -> "functorch" or "loop"
         self.reasons: dict[str, str] = {}
-        self.probed: set[Any] = set()
+        self.probed: dict[Any, Any] = {}
         self.guards: list[Any] = []
         self.build()
 
@@ -76,9 +77,13 @@ class CapturePlan:
                 self.plan.entries[path] = entry
         self.capture = Capture(self.root, self.tape, self.plan.entries)
         self.capture.attach(runners, roots, covered)
-        self.capture.before_first = self._before
+        self.capture.whole = self._whole
         for p in self.trainable:
             self.guards.append(p.register_post_accumulate_grad_hook(self._caught))
+        if self.strict:
+            for path, module in self.root.named_modules():
+                if isinstance(module, MIXING):
+                    self.guards.append(module.register_forward_pre_hook(partial(_refuse_mixing, path)))
 
     def _tracked(self, made: dict[int, Tracked], p: nn.Parameter) -> Tracked:
         if id(p) not in made:
@@ -119,33 +124,28 @@ class CapturePlan:
             forget_tape(p, self.tape)
         self._detach()
         self.tape.layouts = {}
-        self.probed = set()
+        self.probed = {}
         self.build()
         for p in self.trainable:
             register_tape(p, self.tape)
 
-    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> CapturedForward:
-        """On the first batch, and the first of each other kind of input: refuse what mixes samples, and probe.
-
-        Returns the captured forward of the root, which a change of plan replaces.
-        """
-        if self.strict:
-            mixing = mixing_modules(self.root)
-            if mixing:
-                raise SamplesInfluenceEachOther(mixing[0])
+    def _whole(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> Any:
+        """A call of the model: probed before its first batch and the first of each other kind of input."""
         self.refresh()
-        kind = signature(args, kwargs)
-        if size == 0 or kind in self.probed:
-            return self.capture.forwards[""]
         while True:
-            root = self.capture.forwards[""]
             try:
-                probe(self.capture, root, args, kwargs, size, self.strict)
-            except Unresolvable as error:
+                self._know(args, kwargs, size)
+                return self.capture.run_pass(self.capture.forwards[""], args, kwargs, size)
+            except Unresolvable as error:  # of the probe, or of a batch that took a path which the probe did not
                 self._escalate(error)
-            else:
-                self.probed.add(kind)
-                return root
+
+    def _know(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
+        """Fills ``tape.layouts`` for this kind of input."""
+        kind = signature(args, kwargs)
+        if kind not in self.probed and size > 0:
+            probe(self.capture, self.capture.forwards[""], args, kwargs, size, self.strict)
+            self.probed[kind] = self.tape.layouts
+        self.tape.layouts = self.probed.get(kind, {})
 
     def _escalate(self, error: Unresolvable) -> None:
         """Hands the module that owns the parameter to the next rung, or the module above it."""
@@ -247,20 +247,34 @@ def signature(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return kind(args), kind(kwargs), torch.is_autocast_enabled()
 
 
+MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+def _refuse_mixing(path: str, module: nn.Module, args: Any) -> None:
+    """Refuses to run a module that mixes samples; one that the model owns but does not call does no harm."""
+    reason = mixing_reason(path, module)
+    if reason and torch.is_grad_enabled():
+        raise SamplesInfluenceEachOther(reason)
+
+
 def mixing_modules(root: nn.Module) -> list[str]:
     """One sentence for each module below ``root`` that is known to make samples influence each other."""
-    found = []
-    for path, module in root.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            found.append(
-                f"{path or 'the model'} is a {type(module).__name__} in training mode: batch statistics make samples "
-                "influence each other, so no clipping bounds one record's contribution. Replace it by GroupNorm or "
-                "LayerNorm (opacus.validators.ModuleValidator.fix(model) does), or put it in eval mode to use fixed "
-                "statistics."
-            )
-        if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats and module.training:
-            found.append(
-                f"{path or 'the model'} is a {type(module).__name__} with track_running_stats=True: its running "
-                "statistics leave the model without noise. Build it with track_running_stats=False."
-            )
-    return found
+    found = [mixing_reason(path, module) for path, module in root.named_modules()]
+    return [reason for reason in found if reason]
+
+
+def mixing_reason(path: str, module: nn.Module) -> str | None:
+    """Why a module makes samples influence each other, if it is one of those that do."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        return (
+            f"{path or 'the model'} is a {type(module).__name__} in training mode: batch statistics make samples "
+            "influence each other, so no clipping bounds one record's contribution. Replace it by GroupNorm or "
+            "LayerNorm (opacus.validators.ModuleValidator.fix(model) does), or put it in eval mode to use fixed "
+            "statistics."
+        )
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats and module.training:
+        return (
+            f"{path or 'the model'} is a {type(module).__name__} with track_running_stats=True: its running "
+            "statistics leave the model without noise. Build it with track_running_stats=False."
+        )
+    return None
