@@ -132,7 +132,7 @@ class CanaryAudit:
         plain = copy.deepcopy(self._plain)
         _strip(plain)
         for p in plain.parameters():
-            p.grad, p.grad_sample = None, None  # type: ignore[attr-defined]
+            p.grad, p.grad_sample = None, None  # type: ignore[attr-defined, union-attr]
         shadow = GradSampleModule(plain, mode="hooks", loss_reduction="sum")
         return shadow, [p for p in plain.parameters() if p.requires_grad]
 

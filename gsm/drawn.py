@@ -7,11 +7,13 @@ would let one record change the clipped sum by twice the bound, so they stay two
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 _count = 0
+_records = 0
 
 
 def now() -> int:
@@ -19,9 +21,21 @@ def now() -> int:
     return _count
 
 
-def counted(batches: Iterable[T]) -> Iterator[T]:
-    """The same batches, each counted when it is handed out."""
-    global _count
+def records() -> int:
+    """The number of records in all batches handed out so far."""
+    return _records
+
+
+def counted(batches: Iterable[T], sizes: deque[int] | None = None) -> Iterator[T]:
+    """The same batches, each counted when it is handed out.
+
+    Args:
+        batches: what a loader yields.
+        sizes: how many records are in each, appended by the sampler before the batch is fetched.
+    """
+    global _count, _records
     for batch in batches:
         _count += 1
+        if sizes:
+            _records += sizes.popleft()
         yield batch

@@ -11,6 +11,7 @@ nothing else that depends on the data (a validation score, a count, a choice bet
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader
 import accountants
 from gsm import checkpoint, preparation, validation
 from gsm.criterion import GhostCriterion
+from gsm.loader import DPDataLoader
 from gsm.physical_batches import PhysicalBatchLoader
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
@@ -217,6 +219,10 @@ class PrivacyEngine:
         sampler = getattr(loader, "batch_sampler", None)
         if isinstance(sampler, PoissonSampler | DistributedPoissonSampler):
             self._samplers.append(sampler)
+            if isinstance(optimizer, preparation.DPOptimizer):
+                optimizer.sampler = sampler
+                if isinstance(loader, DPDataLoader):
+                    loader.optimizer = weakref.ref(optimizer)
         if self._resumed:
             self._refresh_randomness(optimizer)
 

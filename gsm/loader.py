@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import opacus.data_loader
+import torch
 from opacus.data_loader import CollateFnWithEmpty
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
@@ -25,6 +29,11 @@ from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 logger = logging.getLogger(__name__)
 
 POISSON_SAMPLERS = (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler)
+SKIPPED = (
+    "{n} empty batch(es) of this epoch got no optimizer.step(): a skipped step tells that the batch was empty, and the "
+    "accountant was not charged for it. Run the ordinary loop on an empty batch too (it has zero rows; its release is "
+    "noise alone)."
+)
 _KEPT = (
     "num_workers",
     "pin_memory",
@@ -115,6 +124,9 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
         10
     """
 
+    #: The private optimizer that is to step on every batch, if known.
+    optimizer: weakref.ref[Any] | None = None
+
     def __init__(
         self,
         dataset: Any,
@@ -157,7 +169,26 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
         )
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return drawn.counted(super().__iter__())
+        # A new queue for each pass: workers may have fetched ahead for one that was abandoned.
+        sizes = self.batch_sampler.sizes = deque(maxlen=1 << 16)  # type: ignore[union-attr]
+        return self._watched(drawn.counted(super().__iter__(), sizes))
+
+    def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Says at the end of an epoch if just the empty batches got no step: that they were empty is private."""
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        if optimizer is None:
+            yield from batches
+            return
+        before, handed, empty = optimizer.releases, 0, 0
+        records = drawn.records()
+        for batch in batches:
+            count, records = drawn.records() - records, drawn.records()
+            if torch.is_grad_enabled():
+                handed, empty = handed + 1, empty + (count == 0)
+            yield batch
+        skipped = handed - (optimizer.releases - before)
+        if empty and skipped == empty:
+            warnings.warn(SKIPPED.format(n=empty), stacklevel=2)
 
     @classmethod
     def from_data_loader(

@@ -17,10 +17,12 @@ from torch.utils.weak import TensorWeakRef
 from gsm import ledger
 from gsm.clipping import AutomaticClipping, Clipped, Clipping, FlatClipping, PerLayerClipping
 from gsm.clipping_adaptive import AdaptiveClipping
+from gsm.clipping_user import UserClipping
 from gsm.noise import GaussianNoise, Noise
 from gsm.optimizer_checks import (
     ACCUMULATED,
     FORGOTTEN,
+    MORE_ROWS,
     NO_BACKWARD,
     OVERLAPPING,
     check_finite,
@@ -152,6 +154,10 @@ class DPOptimizer(OptimizerInterface):
             raise ValueError(NO_BACKWARD)
         if len(batches) > 1:
             self._warn_once(ACCUMULATED.format(n=len(batches)))
+        tape = ledger.tape_of(params[0])
+        if tape is not None and tape.more_rows and not isinstance(self.clipping, UserClipping):
+            rows, records = tape.more_rows
+            self._warn_once(MORE_ROWS.format(rows=rows, records=records))
         results = [self._clip(batch) for batch in batches]
         self._pending.check(results[0][0])
         # From here on the gradients count as used, whatever happens: they can never enter a second sum.
@@ -249,8 +255,10 @@ class DPOptimizer(OptimizerInterface):
             return False
         self._is_last_step_skipped = False
         self.clipping.validate(self.noise_multiplier, self.expected_batch_size, len(self.params))
+        self._check_drawn()
         self._charge()
         self.add_noise()
+        self.releases += 1
         self.scale_grad()
         for hook in self.step_hooks:
             hook(self)

@@ -32,6 +32,25 @@ OVERLAPPING = (
 )
 
 
+SCALED = (
+    "torch's GradScaler cannot drive a private optimizer: it skips the steps in which some gradient overflowed, which "
+    "tells something about single records without noise, and it multiplies the gradients that are to be clipped. Use "
+    "bfloat16 autocast, which needs no scaler, or GradScaler(enabled=False): overflowing samples are left out anyway."
+)
+UNDRAWN = (
+    "There were more releases than batches drawn by the loader that make_private returned for this optimizer: a batch "
+    "was used twice, or came from somewhere else (the original loader?). The accountant charges every release as a "
+    "fresh Poisson sample of that loader, so its epsilon does not hold for this loop. Take one step() per batch of the "
+    "returned loader, or pass poisson_sampling=False."
+)
+MORE_ROWS = (
+    "The model was called on {rows} rows, but the loader had drawn {records} records: every row is clipped on its own, "
+    "so a record with several rows (tokens, windows, augmentations) contributes several times the bound. Keep one row "
+    "per record (positions in a further dimension), or clip all rows of a record together with "
+    "clipping=UserClipping(). If the further rows are no private data, nothing is wrong."
+)
+
+
 def check_settings(
     optimizer: Any,
     expected_batch_size: float | None,
@@ -45,6 +64,16 @@ def check_settings(
         raise TypeError(f"DPOptimizer wraps a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     if isinstance(optimizer, OpacusDPOptimizer):
         raise ValueError("This optimizer is private already: wrap optimizer.original_optimizer instead.")
+    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+        raise ValueError(
+            f"{type(optimizer).__name__} cannot be private: "
+            + (
+                "it evaluates the loss several times per step and compares the values, which no noise covers. "
+                if isinstance(optimizer, torch.optim.LBFGS)
+                else "which rows of a gradient are zero tells which tokens occurred, so a release is dense. "
+            )
+            + "Use SGD, Adam or another first-order optimizer for dense gradients."
+        )
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"Unexpected value for loss_reduction: {loss_reduction!r}; it is 'mean' or 'sum'.")
     if loss_reduction == "mean" and expected_batch_size is None:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gsm.clipping import Clipping
 from gsm.noise import Noise
+from gsm.optimizer_checks import SCALED, UNDRAWN
 from gsm.release import PendingRelease
 
 
@@ -38,15 +39,31 @@ class OptimizerInterface(OpacusDPOptimizer):
         raise NotImplementedError
 
     def _init_hooks(self) -> None:
+        #: How many noisy sums this object has handed to the wrapped optimizer.
+        self.releases = 0
+        #: The sampler whose batches this optimizer is to use; it counts them in ``drawn``. None: not known.
+        self.sampler: Any = None
+        self._unused_draws = self._seen_draws = 0
         self._warned: set[str] = set()
         self.step_hooks: list[Callable[[Any], None]] = []
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
 
     def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+        kind = message[:40]  # the numbers in it may differ
+        if kind not in self._warned:
+            self._warned.add(kind)
             warnings.warn(message, stacklevel=4)
+
+    def _check_drawn(self) -> None:
+        """Compares what was released with what was drawn; batches fetched ahead of time do no harm."""
+        if self.sampler is None:
+            return
+        self._unused_draws += self.sampler.drawn - self._seen_draws - self._pending.samples
+        self._seen_draws = self.sampler.drawn
+        if self._unused_draws < 0:
+            self._unused_draws = 0
+            self._warn_once(UNDRAWN)
 
     # -- settings ------------------------------------------------------------------------------------------------------
 
@@ -92,6 +109,11 @@ class OptimizerInterface(OpacusDPOptimizer):
     def step_hook(self) -> Callable[[Any], None] | None:
         """The hook attached last."""
         return self.step_hooks[-1] if self.step_hooks else None
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """What torch's GradScaler asks before a step."""
+        raise ValueError(SCALED)
 
     # -- torch.optim's interface ---------------------------------------------------------------------------------------
 
@@ -145,11 +167,12 @@ class OptimizerInterface(OpacusDPOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but a logical batch under way (its un-noised sum must not end up in a file)."""
-        left_out = {"_pending", "_step_skip_queue", "_released", "step"}
+        left_out = {"_pending", "_step_skip_queue", "_released", "step", "sampler"}
         return {k: v for k, v in self.__dict__.items() if k not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.sampler = None
         self._reset()
         self.noise.refresh()  # the copy and the original must not draw the same noise
 

@@ -26,19 +26,22 @@ class _Pieces(Sampler[list[int]]):
     def __init__(self, batches: Any, size: int) -> None:
         self.batches, self.size = batches, size
         self.ends: deque[bool] = deque()
+        self.sizes: deque[int] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
         # A new list for each pass: workers that still fetch for an abandoned pass cannot write into the new one.
-        self.ends = deque()
-        return self._cut(self.ends)
+        self.ends, self.sizes = deque(), deque()
+        return self._cut(self.ends, self.sizes)
 
-    def _cut(self, ends: deque[bool]) -> Iterator[list[int]]:
+    def _cut(self, ends: deque[bool], sizes: deque[int]) -> Iterator[list[int]]:
         for batch in self.batches:
             indices = batch.tolist() if isinstance(batch, torch.Tensor) else list(batch)
             count = max(1, math.ceil(len(indices) / self.size))
             for k in range(count):
                 ends.append(k == count - 1)
-                yield indices[k * len(indices) // count : (k + 1) * len(indices) // count]
+                piece = indices[k * len(indices) // count : (k + 1) * len(indices) // count]
+                sizes.append(len(piece))
+                yield piece
 
 
 def forget_unreleased(optimizer: Any, *, signals: bool) -> None:
@@ -110,7 +113,7 @@ class PhysicalBatchLoader(DataLoader):
         batches = iter(self._inner)
         ends = self._pieces.ends
         try:
-            for batch in drawn.counted(batches):
+            for batch in drawn.counted(batches, self._pieces.sizes):
                 self._check(current)
                 end = ends.popleft()
                 if torch.is_grad_enabled():  # data that is only looked at takes no step

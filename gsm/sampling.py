@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Iterator
 
 import numpy as np
@@ -139,6 +140,11 @@ class PoissonSampler(UniformWithReplacementSampler):
         100
     """
 
+    #: How many batches were drawn so far, those fetched ahead of time included.
+    drawn = 0
+    #: Where the size of every batch is noted, if a loader wants to know.
+    sizes: deque[int] | None = None
+
     def __init__(
         self,
         *,
@@ -163,9 +169,14 @@ class PoissonSampler(UniformWithReplacementSampler):
         self.generator, self.secure_mode = None, True
 
     def __iter__(self) -> Iterator[list[int]]:
+        sizes = self.sizes
         for _ in range(self.steps):
             words = Words(self.generator, self.secure_mode)  # reads self.generator late: it may have been switched
-            yield poisson_batch(words, self.num_samples, self.threshold).tolist()
+            chosen = poisson_batch(words, self.num_samples, self.threshold)
+            self.drawn += 1
+            if sizes is not None:
+                sizes.append(len(chosen))
+            yield chosen.tolist()
 
 
 class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
@@ -183,6 +194,11 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
         steps: batches per iteration; by default ``int(1 / sample_rate)``.
         generator, secure_mode: as for :class:`PoissonSampler`.
     """
+
+    #: How many batches were drawn so far, those fetched ahead of time included.
+    drawn = 0
+    #: Where the size of every batch is noted, if a loader wants to know.
+    sizes: deque[int] | None = None
 
     def __init__(
         self,
@@ -222,6 +238,10 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
     def __iter__(self) -> Iterator[torch.Tensor]:
         shard = self.shard()
         words = Words(self.generator, self.secure_mode).fork(self.rank)
+        sizes = self.sizes
         for _ in range(self.num_batches):
             chosen = shard[poisson_batch(words, self.num_samples, self.threshold)] if len(shard) else shard
+            self.drawn += 1
+            if sizes is not None:
+                sizes.append(len(chosen))
             yield torch.from_numpy(chosen)

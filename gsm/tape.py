@@ -54,6 +54,9 @@ class Tape:
         self.inside: str | None = None  # the subtree that is running as a whole, if one is
         self.after_backward: list[Callable[[], None]] = []
         self._task = -1
+        #: (rows, records) if the last forward had more rows than the loaders had drawn records for it.
+        self.more_rows: tuple[int, int] | None = None
+        self._draws, self._records, self._fresh = drawn.now(), drawn.records(), 0
         # Makes a layer whose input needs no gradient part of the graph; itself never gets one.
         self.anchor = torch.zeros((), requires_grad=True)
 
@@ -73,7 +76,17 @@ class Tape:
             if self.mode == "hooks":
                 self.groups = [g for g in self.groups if not g.delivered]
             self.groups.append(group)
+        self._compare_rows(batch_size)
         return Pass(self, batch_size, group)
+
+    def _compare_rows(self, rows: int) -> None:
+        """Notes a batch of more rows than records were drawn since the last draw that this model saw."""
+        if drawn.now() != self._draws:
+            self._fresh = drawn.records() - self._records
+            self._draws, self._records = drawn.now(), drawn.records()
+            self.more_rows = None
+        if self._fresh and rows > self._fresh:
+            self.more_rows = (rows, self._fresh)
 
     # -- backward --------------------------------------------------------------------------------------------------
 
