@@ -39,7 +39,7 @@ def sample_rate(value: Any, name: str = "sample_rate") -> float:
 def steps(value: Any, name: str = "steps") -> int:
     """A count of steps: an integer, 0 or more."""
     result = number(value, name)
-    if result < 0 or result != math.floor(result) or math.isinf(result):
+    if not 0 <= result < math.inf or result != math.floor(result):
         raise ValueError(f"{name} must be an integer in [0, inf), got {value!r}")
     return int(value)
 

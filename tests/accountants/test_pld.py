@@ -101,14 +101,23 @@ def test_delta_by_drawing_privacy_losses() -> None:
 
 
 @given(
-    st.floats(0.4, 8), st.floats(1e-5, 0.9), st.integers(1, 5000), st.floats(-12, -4), st.sampled_from(["s", "q", "n", "d"])
+    st.floats(0.4, 8),
+    st.floats(1e-5, 0.9),
+    st.integers(1, 5000),
+    st.floats(-12, -4),
+    st.sampled_from(["s", "q", "n", "d"]),
 )
 def test_falls_with_noise_and_delta_and_rises_with_rate_and_steps(
     sigma: float, q: float, steps: int, log_delta: float, what: str
 ) -> None:
     lower, upper = pld((sigma, q, steps)).get_epsilon_bounds(10**log_delta)
     assert 0 <= lower <= upper
-    more = {"s": (sigma / 1.3, q, steps), "q": (sigma, q * 1.1, steps), "n": (sigma, q, 2 * steps), "d": (sigma, q, steps)}
+    more = {
+        "s": (sigma / 1.3, q, steps),
+        "q": (sigma, q * 1.1, steps),
+        "n": (sigma, q, 2 * steps),
+        "d": (sigma, q, steps),
+    }
     delta = 10 ** (log_delta - 1 if what == "d" else log_delta)
     assert pld(more[what]).get_epsilon(delta) >= lower
 

@@ -1,0 +1,137 @@
+"""The interface: Opacus's, in both directions, and errors that name the value and the range."""
+
+import copy
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import opacus.accountants
+import pytest
+
+import accountants
+from accountants import IAccountant, create_accountant, register_accountant
+
+NAMES = ["rdp", "gdp", "prv", "pld"]
+
+
+@pytest.fixture(params=NAMES)
+def accountant(request: pytest.FixtureRequest) -> IAccountant:
+    return create_accountant(request.param)
+
+
+def test_needs_neither_torch_nor_opacus() -> None:
+    code = "import sys, accountants; sys.exit(any(m in sys.modules for m in ('torch', 'opacus', 'dp_accounting')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_steps_are_merged_into_runs(accountant: IAccountant) -> None:
+    for sigma in (1.0, 1.0, 1.0):
+        accountant.step(noise_multiplier=sigma, sample_rate=0.01)
+    assert accountant.history == [(1.0, 0.01, 3)]
+    accountant.step(noise_multiplier=2.0, sample_rate=0.01)
+    accountant.step(noise_multiplier=1.0, sample_rate=0.01)
+    assert accountant.history == [(1.0, 0.01, 3), (2.0, 0.01, 1), (1.0, 0.01, 1)]
+    assert len(accountant) == 3 and accountant.num_steps == 5
+
+
+@pytest.mark.parametrize("name", ["rdp", "gdp", "prv"])
+def test_state_dicts_go_both_ways(name: str) -> None:
+    ours, theirs = create_accountant(name), opacus.accountants.create_accountant(name)
+    ours.history = [(1.0, 0.01, 10), (2.0, 0.02, 5)]
+    theirs.load_state_dict(ours.state_dict())
+    assert [tuple(entry) for entry in theirs.history] == ours.history
+    back = create_accountant(name)
+    back.load_state_dict(theirs.state_dict())
+    assert back.history == ours.history and back.mechanism() == theirs.mechanism()
+
+
+def test_state_dict_keeps_the_assumptions_and_is_a_copy() -> None:
+    accountant = accountants.PLDAccountant(relation="replace_one")
+    accountant.step(noise_multiplier=1.0, sample_rate=0.1)
+    state = accountant.state_dict()
+    accountant.step(noise_multiplier=1.0, sample_rate=0.1)
+    assert state["history"] == [(1.0, 0.1, 1)]
+    other = accountants.PLDAccountant()
+    other.load_state_dict(state)
+    assert other.relation == "replace_one"
+    kept: dict = {"x": 1}
+    assert accountant.state_dict(kept) is kept and kept["x"] == 1
+
+
+@pytest.mark.parametrize(
+    "state",
+    [None, {}, {"history": []}, {"mechanism": "pld"}, {"history": [], "mechanism": "rdp"},
+     {"history": [(1.0, 2.0, 3)], "mechanism": "pld"}, {"history": [(1.0, 0.5)], "mechanism": "pld"}],
+)  # fmt: skip
+def test_bad_state_dicts_change_nothing(state: dict | None) -> None:
+    accountant = create_accountant("pld")
+    accountant.history = [(1.0, 0.1, 1)]
+    with pytest.raises(ValueError):
+        accountant.load_state_dict(state)  # type: ignore[arg-type]
+    assert accountant.history == [(1.0, 0.1, 1)]
+
+
+def test_hook_charges_what_the_optimizer_does(accountant: IAccountant) -> None:
+    hook = accountant.get_optimizer_hook_fn(sample_rate=0.01)
+    hook(SimpleNamespace(noise_multiplier=1.5, accumulated_iterations=4))
+    assert accountant.history == [(1.5, 0.04, 1)]
+
+
+@pytest.mark.parametrize(
+    "noise_multiplier, sample_rate, named",
+    [(-1, 0.1, r"noise_multiplier must lie in \[0, inf\), got -1"), (math.nan, 0.1, "noise_multiplier.*NaN"),
+     (math.inf, 0.1, "noise_multiplier"), ("x", 0.1, "noise_multiplier"), (1, 1.5, r"sample_rate must lie in \[0, 1\], got 1.5"),
+     (1, -0.1, "sample_rate"), (1, math.nan, "sample_rate.*NaN")],
+)  # fmt: skip
+def test_bad_steps_are_refused(
+    noise_multiplier: float, sample_rate: float, named: str, accountant: IAccountant
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
+    assert accountant.history == []
+
+
+@pytest.mark.parametrize("delta", [0, 1, -0.1, 2, math.nan, "x", None])
+def test_bad_deltas_are_refused(delta: float, accountant: IAccountant) -> None:
+    accountant.history = [(1.0, 0.01, 10)]
+    with pytest.raises(ValueError, match="delta must"):
+        accountant.get_epsilon(delta)
+
+
+@pytest.mark.parametrize("steps", [1.5, -1, math.nan, math.inf, "many"])
+def test_bad_step_counts_are_refused(steps: float, accountant: IAccountant) -> None:
+    accountant.history = [(1.0, 0.01, steps)]  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"history\[0\]: num_steps"):
+        accountant.get_epsilon(1e-5)
+
+
+def test_empty_and_noiseless(accountant: IAccountant) -> None:
+    assert accountant.get_epsilon(1e-5) == 0
+    accountant.history = [(0.0, 0.01, 1)]
+    assert accountant.get_epsilon(1e-5) == math.inf
+
+
+def test_describe_names_what_the_number_rests_on(accountant: IAccountant) -> None:
+    accountant.history = [(1.0, 1.0, 1)]
+    text = accountant.describe(1e-5)
+    assert "epsilon" in text and "1e-05" in text and "Poisson" in text and "added or removed" in text
+
+
+def test_deep_copies_are_independent(accountant: IAccountant) -> None:
+    accountant.step(noise_multiplier=1.0, sample_rate=0.01)
+    other = copy.deepcopy(accountant)
+    other.step(noise_multiplier=1.0, sample_rate=0.01)
+    assert accountant.num_steps == 1 and other.num_steps == 2
+
+
+def test_registry() -> None:
+    class Mine(accountants.RDPAccountant):
+        pass
+
+    with pytest.raises(ValueError, match="already registered"):
+        register_accountant("rdp", Mine)
+    register_accountant("mine", Mine)
+    assert type(create_accountant("mine")) is Mine
+    with pytest.raises(ValueError, match="Unexpected accounting mechanism: 'nope'"):
+        create_accountant("nope")

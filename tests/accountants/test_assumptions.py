@@ -1,0 +1,72 @@
+"""What is certified under which sampling and relation, and what is refused."""
+
+import math
+
+import pytest
+
+from accountants import PLDAccountant, RDPAccountant, combined_noise_multiplier
+
+
+def epsilon(sampling: str, relation: str, *history: tuple) -> float:
+    accountant = PLDAccountant(sampling=sampling, relation=relation)
+    accountant.history = list(history)
+    return accountant.get_epsilon(1e-5)
+
+
+def gaussian(sigma: float) -> float:
+    return epsilon("poisson", "add_remove", (sigma, 1.0, 1))
+
+
+@pytest.mark.parametrize("sampling", ["shuffled", "cyclic"])
+def test_once_per_epoch_is_one_gaussian_per_epoch(sampling: str) -> None:
+    # 100 steps at rate 1/10: ten epochs, ten participations.
+    assert epsilon(sampling, "zero_out", (5.0, 0.1, 100)) == pytest.approx(gaussian(5.0 / math.sqrt(10)), rel=1e-9)
+    assert epsilon(sampling, "replace_one", (5.0, 0.1, 100)) == pytest.approx(gaussian(2.5 / math.sqrt(10)), rel=1e-9)
+    # A begun epoch counts as a whole one.
+    assert epsilon(sampling, "zero_out", (5.0, 0.1, 101)) == pytest.approx(gaussian(5.0 / math.sqrt(11)), rel=1e-9)
+
+
+def test_the_least_noisy_steps_are_the_ones_a_record_was_in() -> None:
+    # One epoch in all, half of it with little noise: the record may have been there.
+    assert epsilon("cyclic", "zero_out", (9.0, 0.1, 5), (3.0, 0.1, 5)) >= gaussian(3.0) * (1 - 1e-9)
+
+
+def test_unsampled_forgets_the_rate() -> None:
+    assert epsilon("unsampled", "add_remove", (10.0, 0.01, 100)) == pytest.approx(gaussian(1.0), rel=1e-9)
+    assert epsilon("unsampled", "replace_one", (10.0, 0.01, 100)) == pytest.approx(gaussian(0.5), rel=1e-9)
+
+
+def test_zero_out_equals_add_remove_under_poisson() -> None:
+    assert epsilon("poisson", "zero_out", (1.0, 0.01, 50)) == epsilon("poisson", "add_remove", (1.0, 0.01, 50))
+
+
+@pytest.mark.parametrize("sampling", ["shuffled", "cyclic", "fixed_size"])
+def test_what_cannot_be_certified_is_refused(sampling: str) -> None:
+    with pytest.raises(ValueError, match="no epsilon can be certified"):
+        PLDAccountant(sampling=sampling)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(ValueError, match="sampling must be one of"):
+        PLDAccountant(sampling="bernoulli")
+    with pytest.raises(ValueError, match="relation must be one of"):
+        PLDAccountant(relation="swap")
+
+
+def test_the_renyi_accountant_refuses_replace_one() -> None:
+    accountant = RDPAccountant(relation="replace_one")
+    accountant.history = [(1.0, 0.01, 10)]
+    with pytest.raises(ValueError, match="create_accountant\\('pld'\\)"):
+        accountant.get_epsilon(1e-5)
+
+
+def test_two_sums_of_one_batch_are_one_gaussian() -> None:
+    assert combined_noise_multiplier([3.0, 4.0]) == pytest.approx(2.4)
+    assert combined_noise_multiplier([1.5]) == 1.5
+    assert combined_noise_multiplier([1.5, 0.0]) == 0.0
+    # Unsampled, it is the composition of the two.
+    assert gaussian(2.4) == pytest.approx(epsilon("poisson", "add_remove", (3.0, 1.0, 1), (4.0, 1.0, 1)), rel=1e-9)
+    with pytest.raises(ValueError):
+        combined_noise_multiplier([])
+    with pytest.raises(ValueError, match="noise_multiplier"):
+        combined_noise_multiplier([-1.0])

@@ -1,0 +1,60 @@
+"""Calibration: on the safe side, close to the target, quick."""
+
+import pytest
+
+from accountants import PLDAccountant, create_accountant, get_noise_multiplier, get_num_steps, get_sample_rate
+
+SETTING = {"target_delta": 1e-5, "sample_rate": 0.01}
+
+
+def spent(name: str, sigma: float, q: float, steps: int) -> float:
+    accountant = create_accountant(name)
+    accountant.history = [(sigma, q, steps)]
+    return accountant.get_epsilon(1e-5)
+
+
+@pytest.mark.parametrize("target", [0.01, 1.0, 3.0, 200.0])
+@pytest.mark.parametrize("name", ["pld", "rdp", "prv"])
+def test_noise_keeps_to_the_target_and_near_it(target: float, name: str) -> None:
+    if name == "prv":
+        target = max(target, 0.05)  # the 0.01 that this accountant adds would be the whole of a smaller target
+    sigma = get_noise_multiplier(target_epsilon=target, epochs=10, accountant=name, **SETTING)
+    assert target * (1 - 2e-3) <= spent(name, sigma, 0.01, 1000) <= target
+
+
+def test_default_is_prv_and_epochs_are_steps_as_in_opacus() -> None:
+    by_epochs = get_noise_multiplier(target_epsilon=2.0, epochs=3, target_delta=1e-5, sample_rate=0.03)
+    assert by_epochs == get_noise_multiplier(target_epsilon=2.0, steps=100, target_delta=1e-5, sample_rate=0.03)
+    assert spent("prv", by_epochs, 0.03, 100) <= 2.0
+
+
+def test_an_accountant_lends_its_assumptions_and_keeps_its_history() -> None:
+    accountant = PLDAccountant(relation="replace_one")
+    accountant.history = [(9.0, 0.5, 7)]
+    exchanged = get_noise_multiplier(target_epsilon=2.0, steps=100, accountant=accountant, **SETTING)
+    assert accountant.history == [(9.0, 0.5, 7)]
+    assert exchanged > get_noise_multiplier(target_epsilon=2.0, steps=100, accountant="pld", **SETTING)
+
+
+def test_steps() -> None:
+    steps = get_num_steps(target_epsilon=1.0, noise_multiplier=1.0, accountant="pld", **SETTING)
+    assert spent("pld", 1.0, 0.01, steps) <= 1.0 < spent("pld", 1.0, 0.01, steps + 1 + steps // 500)
+    assert get_num_steps(target_epsilon=0.05, noise_multiplier=0.5, accountant="pld", **SETTING) == 0
+
+
+def test_sample_rate() -> None:
+    q = get_sample_rate(target_epsilon=1.0, target_delta=1e-5, noise_multiplier=1.0, steps=100, accountant="pld")
+    assert 0.998 <= spent("pld", 1.0, q, 100) <= 1.0
+    assert get_sample_rate(target_epsilon=9, target_delta=1e-5, noise_multiplier=50, steps=1, accountant="pld") == 1.0
+
+
+@pytest.mark.parametrize(
+    "bad, named",
+    [({"target_epsilon": 0}, "target_epsilon"), ({"target_epsilon": -1}, "target_epsilon"), ({"target_delta": 1}, "target_delta"),
+     ({"sample_rate": 2}, "sample_rate"), ({"sample_rate": 0}, "sample_rate"), ({"steps": 1.5}, "steps"), ({"steps": 0}, "steps"),
+     ({"epochs": 3}, "EITHER"), ({"steps": None}, "EITHER"), ({"epsilon_tolerance": 0}, "epsilon_tolerance")],
+)  # fmt: skip
+def test_bad_input(bad: dict, named: str) -> None:
+    arguments = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 0.01, "steps": 100, **bad}
+    with pytest.raises(ValueError, match=named):
+        get_noise_multiplier(**arguments)
