@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures what the options ask for and returns it as one dictionary of plain values."""
+def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object] = lambda results: None) -> dict[str, Any]:
+    """Measures what the options ask for and returns it as one dictionary of plain values.
+
+    ``keep`` is called with what there is after every workload, so that an interrupted run is not lost.
+    """
     torch.set_num_threads(options.threads)
     suite = options.suite or ("accelerator" if options.device.startswith("cuda") else "cpu")
     size = "quick" if options.quick else "full"
@@ -71,6 +75,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             collect("memory", memory.measure_columns(row.name, [BASE, *private], **place, **changes))
         if "agreement" in options.parts:
             collect("agreement", agreement.compare(row, private))
+        keep(results)
     if "memory" in options.parts and options.quick:
         collect("memory", memory.measure_columns("mlp16", [BASE, *private[:3]], **place))
     if "growth" in options.parts:
@@ -87,9 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     for noisy in ("Full backward hook is firing", "In CPU autocast"):  # Opacus, at every step
         warnings.filterwarnings("ignore", message=noisy)
-    results = run(options)
-    name = options.name or ("quick" if options.quick else "latest" if options.device == "cpu" else "")
-    name = name or f"{results['environment']['device']}-{options.dtype}".lower().replace(" ", "-")
+    device = report.environment(options.threads, options.device)["device"]
+    own = f"{device}-{options.dtype}".lower().replace(" ", "-")
+    name = options.name or ("quick" if options.quick else "latest" if options.device == "cpu" else own)
+    results = run(options, lambda found: report.save(found, options.output, name))
     text = report.render(results)
     print(text)
     path = report.save(results, options.output, name)
