@@ -18,7 +18,8 @@ from gsm.capture import Capture, CapturedForward, Runner
 from gsm.layers import run_sampler
 from gsm.layout import Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
-from gsm.probe import SamplesInfluenceEachOther, probe
+from gsm.probe import SamplesInfluenceEachOther, probe, undisturbed
+from gsm.probe_buffers import check_buffers
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
 from gsm.tracked import Tracked
@@ -143,7 +144,11 @@ class CapturePlan:
         """Fills ``tape.layouts`` for this kind of input."""
         kind = signature(args, kwargs)
         if kind not in self.probed and size > 0:
-            probe(self.capture, self.capture.forwards[""], args, kwargs, size, self.strict)
+            root = self.capture.forwards[""]
+            probe(self.capture, root, args, kwargs, size, self.strict)
+            if self.strict:
+                with undisturbed(self.root), torch.no_grad():
+                    check_buffers(self.root, lambda values: root.original(*values[0], **values[1]), (args, kwargs))
             self.probed[kind] = self.tape.layouts
         self.tape.layouts = self.probed.get(kind, {})
 

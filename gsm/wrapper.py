@@ -186,7 +186,22 @@ class GradSampleModule(AbstractGradSampleModule):
     # -- copies ------------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the capture: hooks on live parameters are put back by whoever unpickles."""
+        """Without the capture: hooks on live parameters are put back by whoever unpickles.
+
+        Parameters would take their ``grad_sample`` and ``summed_grad`` along, single records' gradients without noise,
+        into a file: what a step has used is forgotten here, what still waits for its step is an error.
+        """
+        for name, p in self._module.named_parameters():
+            held = getattr(p, "grad_sample", None)
+            for g in held if isinstance(held, list) else [held]:
+                if g is not None and not hasattr(g, "_processed"):
+                    raise ValueError(
+                        f"{name} holds per-sample gradients that wait for optimizer.step(): they would end up in the "
+                        "copy or file without noise. Copy or save the model after step() or zero_grad(), or save "
+                        "model.state_dict()."
+                    )
+            if held is not None:
+                p.grad_sample = None  # type: ignore[attr-defined]
         return {**self.__dict__, "_captured": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
