@@ -29,6 +29,7 @@ from .rdp import best_epsilon
 from .replace import ReplacedGaussian
 
 REFINE_LOWER = 4.0  # the optimistic lattice merges six points, so it needs a finer mesh for the same error
+COARSER = 0.5  # mesh for many segments: four times the error, still a fraction of what is promised
 MANY = 8  # segments: above, one coarse composition is not cheap
 ATTEMPTS = 6
 DEAR = 1e6  # lattice points: above, it is worth trying to compose by the number of large losses
@@ -79,7 +80,12 @@ def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0
     if found <= enough:
         return found if upper else 0.0
     saddle_epsilon = cumulants.three(tilts[0])[1]
-    refine = 1.0 if upper else REFINE_LOWER
+    refine = (1.0 if upper else REFINE_LOWER) * (COARSER if len(parts) > MANY else 1.0)
+    if upper and enough > 0 and len(parts) > MANY:
+        glance = choose(cumulants, tilts, epsilon, math.log(delta), slope, COARSER * refine)
+        result = compose(parts, glance, delta, True).epsilon(delta)
+        if result is not None and result <= enough:
+            return result
     plan = choose(cumulants, tilts, epsilon, math.log(delta), slope, refine)
     points = (plan.high - plan.low) / plan.step
     odd = abs(saddle_epsilon - epsilon) > 0.1 * epsilon

@@ -87,7 +87,7 @@ class Spectrum:
         self.size = fft.next_fast_len(int((plan.high - plan.low) / plan.step) + 1, real=True)
         self.transform_error = 4 * UNIT * (math.log2(self.size) + 4)
 
-    def log_transform(self, index: int) -> tuple[Array, Array]:
+    def log_transform(self, index: int, kept: Array | slice = slice(None)) -> tuple[Array, Array]:
         """Complex logarithm of segment ``index``'s transform about its heaviest point, and log of a bound on its true
         modulus.
 
@@ -106,14 +106,13 @@ class Spectrum:
         rest = np.concatenate([[0.0], rest])
         if len(rest) > self.size:
             rest = self._fold(part)
-        z = fft.rfft(rest, self.size) - part.rest
+        z = fft.rfft(rest, self.size)[kept] - part.rest
         real = 0.5 * np.log(np.maximum((1 + z.real) ** 2 + z.imag**2, FLOOR))
         small = np.abs(z.real) + np.abs(z.imag) < 0.1
         real[small] = 0.5 * np.log1p(z.real[small] * (2 + z.real[small]) + z.imag[small] ** 2)
         error = self.transform_error * part.rest
-        return real + 1j * np.arctan2(z.imag, 1 + z.real), np.maximum(real, -80.0) + np.log1p(
-            error * np.exp(-np.maximum(real, -80.0))
-        )
+        floor = np.maximum(real, -80.0)
+        return real + 1j * np.arctan2(z.imag, 1 + z.real), floor + np.log1p(error * np.exp(-floor))
 
     def _fold(self, part: Tilted) -> Array:
         """A law longer than the window, modulo the window."""
@@ -124,17 +123,19 @@ class Spectrum:
 
     def compose(self, counts: Sequence[int], upper: bool, log_factor: float = 0.0) -> Curve:
         """The curve of ``counts[i]`` steps of segment i times e^``log_factor``, rounded up (``upper``) or down."""
-        power, bound = np.zeros(self.size // 2 + 1, dtype=complex), np.zeros(self.size // 2 + 1)
+        size = self.size // 2 + 1
+        kept, power, bound = np.arange(size), np.zeros(size, dtype=complex), np.zeros(size)
         for index, count in enumerate(counts):
-            log_transform, log_bound = self.log_transform(index)
-            power += count * log_transform
-            bound += count * log_bound
-        kept = bound > NEGLIGIBLE
-        product = np.zeros(len(power), dtype=complex)
-        product[kept] = np.exp(power[kept])
-        most = np.exp(bound[kept])
-        rounding = 8 * UNIT * (np.abs(power[kept].real) + np.abs(power[kept].imag) + math.log2(self.size) + 8)
-        double = np.full(len(power), 2.0)
+            log_transform, log_bound = self.log_transform(index, kept)
+            power, bound = power + count * log_transform, bound + count * log_bound
+            # No later segment makes a frequency matter again: a modulus exceeds 1 by rounding only.
+            matter = bound > NEGLIGIBLE
+            kept, power, bound = kept[matter], power[matter], bound[matter]
+        product = np.zeros(size, dtype=complex)
+        product[kept] = np.exp(power)
+        most = np.exp(bound)
+        rounding = 8 * UNIT * (np.abs(power.real) + np.abs(power.imag) + math.log2(self.size) + 8)
+        double = np.full(size, 2.0)
         double[0] = 1.0
         eta = float(double[kept] @ (np.maximum(most - np.abs(product[kept]), 0.0) + rounding * most)) / self.size
         offset = math.fsum(count * part.centre for part, count in zip(self.tilted, counts, strict=True))
