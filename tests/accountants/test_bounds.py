@@ -1,0 +1,89 @@
+"""The parts of the bound one by one: both directions, the lattice laws, the rounding of the transform."""
+
+import math
+
+import mpmath as mp
+import numpy as np
+import pytest
+
+from accountants.assumptions import Segment
+from accountants.bounds import direction_epsilon, directions
+from accountants.compose import Spectrum
+from accountants.lattice import optimistic, pessimistic
+from accountants.pairs import SubsampledGaussian
+from accountants.plan import Plan
+from accountants.replace import ReplacedGaussian
+
+from .truth import epsilon_one_way
+
+ROW = (1.1, 256 / 60000, 14062)
+
+
+def test_both_directions_are_composed_and_each_is_right() -> None:
+    removed, added = directions([Segment(*ROW)])
+    for parts, add in ((removed, False), (added, True)):
+        truth = epsilon_one_way(*ROW, 1e-5, add, 2, 36.0)
+        assert direction_epsilon(parts, 1e-5, upper=False) <= truth <= direction_epsilon(parts, 1e-5, upper=True)
+        assert direction_epsilon(parts, 1e-5, upper=True) == pytest.approx(truth, rel=1e-3)
+
+
+def exact_delta(pair, epsilon: float) -> mp.mpf:
+    """One step's hockey-stick divergence, 40 digits, by cutting the line where the loss is epsilon."""
+    with mp.workdps(40):
+        s, q = mp.mpf(pair.sigma), mp.mpf(pair.q)
+        tail = lambda cut, centre: mp.erfc((cut - centre) / s / mp.sqrt(2)) / 2  # noqa: E731
+        e = mp.exp(mp.mpf(epsilon))
+        if isinstance(pair, ReplacedGaussian):
+            u = mp.asinh((1 - q) / q * mp.exp(1 / (2 * s**2)) * mp.sinh(mp.mpf(epsilon) / 2))
+            x = s**2 * (mp.mpf(epsilon) / 2 + u)
+            return (1 - q) * tail(x, 0) + q * tail(x, 1) - e * ((1 - q) * tail(x, 0) + q * tail(x, -1))
+        x = s**2 * mp.log(((1 / e if pair.add else e) - 1 + q) / q) + mp.mpf(1) / 2
+        if pair.add:  # the loss exceeds epsilon to the left of x
+            return (1 - tail(x, 0)) - e * ((1 - q) * (1 - tail(x, 0)) + q * (1 - tail(x, 1)))
+        return (1 - q) * tail(x, 0) + q * tail(x, 1) - e * tail(x, 0)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [SubsampledGaussian(1.0, 0.01), SubsampledGaussian(1.0, 0.01, add=True), SubsampledGaussian(0.4, 1e-5),
+     SubsampledGaussian(8.0, 0.5), SubsampledGaussian(8.0, 0.5, add=True), ReplacedGaussian(1.0, 0.05)],
+)  # fmt: skip
+@pytest.mark.parametrize("step", [1e-2, 1e-5])
+def test_lattice_laws_enclose_one_step(pair, step: float) -> None:
+    above = pessimistic(pair, step, 1e-12, 1e-20)
+    below = optimistic(pair, step, 1e-12, 1e-20)
+    reach = -math.log1p(-pair.q) if getattr(pair, "add", False) else 3.0
+    for epsilon in np.array([0.0, 0.1, 0.37, 0.8]) * reach:
+        exact = exact_delta(pair, float(epsilon))
+        for law, side in ((above, 1), (below, -1)):
+            with mp.workdps(40):
+                larger = law.losses > epsilon
+                terms = law.mass[larger] * -np.expm1(epsilon - law.losses[larger])
+                delta = mp.mpf(math.fsum(terms)) + law.infinite
+            # 1e-13: the rounding of this very sum
+            assert side * (delta - exact) >= -1e-13 * exact - mp.mpf(10) ** -30
+        assert math.fsum(above.mass) + above.infinite >= 1 - 1e-15
+    assert math.fsum(below.mass) <= 1 + 1e-15
+
+
+def test_what_the_transform_rounds_is_counted() -> None:
+    # Without a tilt the tail that matters, 1e-16, drowns in the rounding of the transform: the bounds must say so.
+    pair, steps = SubsampledGaussian(*ROW[:2]), ROW[2]
+    plan = Plan(1e-9, 4.9588318, -6.0, 8.0, 1e-4, 12.0, 12.0)
+    upper = Spectrum([pessimistic(pair, plan.step, 1e-14, 1e-25)], plan).compose([steps], upper=True)
+    lower = Spectrum([optimistic(pair, plan.step, 1e-14, 1e-25)], plan).compose([steps], upper=False)
+    for epsilon in (4.9588318, 5.4):
+        assert lower.delta(epsilon) <= 1e-16
+        assert upper.delta(epsilon) >= 0.99e-16 or epsilon > 5
+    assert lower.epsilon(1e-16) <= 4.95884
+    assert upper.epsilon(1e-16) is None or upper.epsilon(1e-16) >= 4.95883
+
+
+def test_mass_outside_the_window_is_counted() -> None:
+    # A window far too small: everything wraps around, and the bounds become trivial instead of wrong.
+    pair, steps = SubsampledGaussian(*ROW[:2]), ROW[2]
+    plan = Plan(1.0, 0.2, 0.0, 0.4, 1e-4, 5.0, 5.0)
+    upper = Spectrum([pessimistic(pair, plan.step, 1e-12, 1e-20)], plan).compose([steps], upper=True)
+    lower = Spectrum([optimistic(pair, plan.step, 1e-12, 1e-20)], plan).compose([steps], upper=False)
+    true_delta_at_02 = 0.1  # about; epsilon 2.38 is at 1e-5
+    assert upper.delta(0.2) >= true_delta_at_02 and lower.delta(0.2) <= true_delta_at_02
