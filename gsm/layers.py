@@ -11,7 +11,7 @@ from grad_samplers import Sampler
 from gsm.capture import Capture, CapturedForward, Runner, tensors_in
 from gsm.contributions import Record
 from gsm.functions import Tap, TapMany
-from gsm.layout import Layout, Unresolvable
+from gsm.layout import Layout, Rows, Unresolvable
 from gsm.tape import Pass
 from gsm.tracked import Tracked
 
@@ -19,7 +19,7 @@ from gsm.tracked import Tracked
 class SampledUse:
     """One call of a layer with a registered sampler."""
 
-    def __init__(self, active: Pass, module: nn.Module, sampler: Sampler, layouts: list[Layout | None]):
+    def __init__(self, active: Pass, module: nn.Module, sampler: Sampler, layouts: list[Layout | Rows | None]):
         self.tape, self.group, self.batch_size = active.tape, active.group, active.batch_size
         self.module, self.sampler, self.layouts = module, sampler, layouts
 
@@ -35,7 +35,7 @@ class SampledUse:
         own = [p for p in self.module._parameters.values() if p is not None and p.requires_grad]
         self.tape.receive_layer(self.group, record, own)
 
-    def _front(self, x: Tensor, layout: Layout | None) -> Tensor:
+    def _front(self, x: Tensor, layout: Layout | Rows | None) -> Tensor:
         return x if layout is None or x.dim() <= layout.dim else layout.to_front(x, self.batch_size)
 
 

@@ -24,6 +24,13 @@ class Unresolvable(RuntimeError):
         self.parameters, self.subtree = parameters, subtree
 
 
+class SamplesInfluenceEachOther(ValueError, NotImplementedError):
+    """What one sample's gradient is depends on its neighbours, so no bound on one record's influence would hold.
+
+    Also the NotImplementedError that Opacus raises for such layers.
+    """
+
+
 class Untold(Unresolvable):
     """Which sample the rows of a tensor belong to is known neither from the probe nor from the graph."""
 

@@ -18,19 +18,14 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from gsm.bags import bags_in, regrouped
 from gsm.capture import Capture, CapturedForward, tensors_in
-from gsm.layout import UNKNOWN, Layout, Rows
+from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther
 from gsm.locate import Log
 from gsm.ownership import owners_in_layout
+from gsm.scalars import compare_alone, named_scalars, uneven_labels
 
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
-
-
-class SamplesInfluenceEachOther(ValueError, NotImplementedError):
-    """What one sample's gradient is depends on its neighbours, so no bound on one record's influence would hold.
-
-    Also the NotImplementedError that Opacus raises for such layers.
-    """
 
 
 class NoDropout(TorchFunctionMode):
@@ -53,20 +48,22 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
     # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
-    hidden = [(m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))]
+    hidden: list[tuple[Any, float]] = [
+        (m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
+    ]
     devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
     try:
         for m in dropouts:
             m.training = False
-        for m, _ in hidden:
-            m.dropout = 0.0
+        for layer, _ in hidden:
+            layer.dropout = 0.0
         with torch.random.fork_rng(devices=devices), NoDropout():
             yield
     finally:
         for m in dropouts:
             m.training = True
-        for m, p in hidden:
-            m.dropout = p
+        for layer, p in hidden:
+            layer.dropout = p
         with torch.no_grad():
             for b, before in buffers:
                 if b.shape == before.shape:
@@ -96,7 +93,7 @@ def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
     return (free[0], free[1]) if len(free) > 1 else (_SIZES[0], _SIZES[1])
 
 
-def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0) -> Any:
+def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0, bags: bool = False) -> Any:
     """The arguments with ``new`` samples in place of ``size``.
 
     The first sample stays; the others are the second and following ones, ``skip`` of them left out. Where there are too
@@ -104,12 +101,16 @@ def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0) -
     ``skip`` have the first sample in common and no other.
     """
     turns = [0] + [i + skip for i in range(1, new)]
+    done: list[Tensor] = []
+    found = bags_in(value) if bags else None
+    if found is not None:
+        value, done = regrouped(value, found, [(min(i, size - 1), max(0, i - size + 1)) for i in turns])
 
     def pick(x: Any, dim: int | None = None) -> Any:
         if isinstance(x, PackedSequence):
             padded, lengths = pad_packed_sequence(x)
             return pack_padded_sequence(pick(padded, 1), pick(lengths), enforce_sorted=x.sorted_indices is None)
-        if not isinstance(x, Tensor) or x.dim() == 0 or size not in x.shape:
+        if not isinstance(x, Tensor) or x.dim() == 0 or size not in x.shape or any(x is y for y in done):
             return x
         if dim is None:
             preferred = 0 if batch_first or x.dim() < 2 else 1
@@ -154,7 +155,7 @@ def probe(
             for n, skip in ((first, 0), (second, first)):
                 log = Log()
                 log.dry = attempt == 0
-                a, k = (resized(v, size, n, tape.batch_first, skip) for v in (args, kwargs))
+                a, k = resized((args, kwargs), size, n, tape.batch_first, skip, capture.has_bags)
                 with saved_bytes(capture.root) as saved:
                     outputs.append(capture.run_pass(forward, a, k, n, log))
                 logs.append(log)
@@ -162,9 +163,36 @@ def probe(
         tape.layouts = learned(logs[0], logs[1], first, second, strict)
         if not (logs[0].skipped or logs[1].skipped) and all(_as_taken(log, tape.layouts) for log in logs):
             break
-    for x, y in zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False):
-        if strict:
+    if strict:
+        for x, y in zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False):
             _check_influence(x, y, first, second, compare(x, y, first, second), "the model's output")
+        if named_scalars(outputs[0]):
+            _check_scalars(capture, forward, args, kwargs, size)
+
+
+def _check_scalars(
+    capture: Capture, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int
+) -> None:
+    """Refuses outputs such as a loss that are not the mean (or the sum) of what the samples alone give."""
+    pair = resized(args, size, 2, capture.tape.batch_first), resized(kwargs, size, 2, capture.tape.batch_first)
+    pair = pair[0], uneven_labels(pair[1])
+
+    def run(values: tuple[tuple[Any, ...], dict[str, Any]], n: int) -> Any:
+        log = Log()
+        log.dry = True
+        with undisturbed(capture.root):
+            return capture.run_pass(forward, *values, n, log)
+
+    def pick(start: int, n: int) -> Any:
+        def of(x: Any) -> Any:
+            if not isinstance(x, Tensor) or 2 not in x.shape[:2] or n == 2:
+                return x
+            dim = 0 if x.shape[0] == 2 and (capture.tape.batch_first or x.dim() == 1) else list(x.shape).index(2)
+            return x.narrow(dim, start, n)
+
+        return tree_map(of, pair)
+
+    compare_alone(run, pick, capture.tape.loss_reduction)
 
 
 def learned(one: Log, other: Log, first: int, second: int, strict: bool) -> dict[tuple[str, int], Layout | None]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grad_samplers.attention import multi_head_attention
-from gsm.layout import Layout, Untold
+from gsm.layout import Layout, Rows, Untold
 from gsm.resolve import aligned, broadcast, expanded, known_call, layout_of, plain_tensors, reference, unresolvable
 from gsm.tape import Pass
 from gsm.tracked import Tracked, apply_to_values, plain, tracked_in
@@ -156,7 +156,9 @@ def _sizes(values: Args) -> list[int]:
     return list(values[0]) if len(values) == 1 and isinstance(values[0], (list, tuple, torch.Size)) else list(values)
 
 
-def _grown(active: Pass, func: Callable[..., Any], target: Tracked, sizes: list[int]) -> tuple[Tensor, Layout] | None:
+def _grown(
+    active: Pass, func: Callable[..., Any], target: Tracked, sizes: list[int]
+) -> tuple[Tensor, Layout | Rows] | None:
     """`target` with one copy per sample where `sizes` asks for a batch, or None if it asks for none."""
     layout = layout_of(active, target, func.__name__, torch.empty(sizes, device="meta"))
     lead = len(sizes) - target.dim()

@@ -42,8 +42,9 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
         leaves, spec = tree_flatten((args, kwargs))
         if any(isinstance(x, Tracked) for x in leaves):
             raise NotPerSample(f"{path}: its input is a parameter that has not met a sample", subtree=path)
-        layouts = [_layout(active, path, i, x) for i, x in enumerate(leaves)]
-        if any(isinstance(lay, Rows) for lay in layouts):
+        found = [_layout(active, path, i, x) for i, x in enumerate(leaves)]
+        layouts = [lay for lay in found if not isinstance(lay, Rows)]
+        if len(layouts) < len(found):
             raise NotPerSample(f"{path}: the rows of its inputs are ordered by the data", subtree=path)
         if not any(layouts) and path:
             raise NotPerSample(f"{path}: none of its inputs depends on the samples", subtree=path)
@@ -75,7 +76,7 @@ def _inside(capture: Capture, forward: CapturedForward, path: str) -> Iterator[N
         forward.bypass, capture.tape.inside = False, before
 
 
-def _layout(active: Pass, path: str, i: int, x: Any) -> Layout | None:
+def _layout(active: Pass, path: str, i: int, x: Any) -> Layout | Rows | None:
     return active.layout(f"{path}:input{i}", x) if isinstance(x, Tensor) and x.dim() else None
 
 

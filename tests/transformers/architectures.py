@@ -80,7 +80,8 @@ def _config(architecture: Architecture, cls: type) -> Any:
     config = small_config(config_class(architecture.model_type), extra)
     wanted = getattr(cls, "config_class", None)
     if wanted is not None and not isinstance(config, wanted):
-        config = config.get_text_config(decoder=True) if isinstance(config.get_text_config(decoder=True), wanted) else small_config(wanted, extra)
+        inner = config.get_text_config(decoder=True)
+        config = inner if isinstance(inner, wanted) else small_config(wanted, extra)
     for name, value in (("pad_token_id", 0), ("decoder_start_token_id", 1)):
         if architecture.task != "image" and getattr(config, name, None) is None:
             setattr(config, name, value)

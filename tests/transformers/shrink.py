@@ -25,11 +25,11 @@ _RULES: list[tuple[str, Any]] = [
     (r"image_(token_id|token_index)", 40),
     (r"audio_(token_id|token_index)", 41),
     (r"video_token_id", 42),
-    (r"(boi|boa|eoi|eoa|mask|cls|unk|vision_start|vision_end|audio_bos|audio_eos|timestamp|document)_(token_id|index|token_index)", 3),
+    (r"(boi|boa|eoi|eoa|mask|cls|unk|vision_(start|end)|audio_[be]os|timestamp|document)_(token_)?(id|index)", 3),
     (r"(subs|tag)_pad_id", 3),
     # counts
     (r"mamba_n(um)?_heads|n_mamba_heads", 8),
-    (r"num_(hidden_)?layers|n_layers?|num_blocks|(en|de)coder_layers|num_(en|de)coder_layers|.*encoder_layers|t2u_.*_layers", LAYERS),
+    (r"num_(hidden_)?layers|n_layers?|num_blocks|(num_)?(en|de)coder_layers|.*encoder_layers|t2u_.*_layers", LAYERS),
     (r"depths|depth|num_block_repeats|layer_depths|stage_num(b_of_layers|_blocks)|stage_numb_of_layers", 1),
     (r"first_k_dense_replace|num_dense_layers|max_window_layers|n_layers_per_attn_res_block|moe_layer_start_index", 1),
     (r"num_sparse_.*_layers|num_mtp_layers|num_nextn_predict_layers|num_self_attends_per_block", 1),
@@ -45,8 +45,8 @@ _RULES: list[tuple[str, Any]] = [
     (r"n_group|topk_group|zero_expert_num", 1),
     (r"expert_capacity", 64),
     # widths
-    (r"hidden_sizes|embed_dims?|neck_hidden_sizes|out_channels|in_channels|stage_.*_channels|base_attn_unit_dims", "widths"),
-    (r"hidden_size|d_model|n_embd|embedding_size|dim|emb_dim|word_embed_proj_dim|d_embed|lru_width|d_latents|.*_hidden_size", WIDTH),
+    (r"(neck_)?hidden_sizes|embed_dims?|(in|out)_channels|stage_.*_channels|base_attn_unit_dims", "widths"),
+    (r".*hidden_size|d_model|n_embd|embedding_size|(emb_)?dim|word_embed_proj_dim|d_embed|lru_width|d_latents", WIDTH),
     (r".*intermediate_size.*|.*ffn_dim|d_ff|dff|dim_ff|d_inner|hidden_dim|n_inner|.*ffn_hidden_size|feed_forward_size|mamba_d_ssm",
      2 * WIDTH),
     (r".*head_dim|d_kv|d_head|kv_channels|attention_head_size|dim_head|mamba_d_head|v_head_dim", 8),
@@ -78,8 +78,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "convnextv2": {"patch_size": 4},
     "donut-swin": {"patch_size": 4, "window_size": 4, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16},
     "efficientnet": {"width_coefficient": 0.2, "depth_coefficient": 0.3, "hidden_dim": 256},
-    "hgnet_v2": {"stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 32], "stage_out_channels": [16, 16, 32, 32],
-                 "embedding_size": 8},
+    "hgnet_v2": {"stem_channels": [3, 8, 8], "stage_in_channels": [8, 16, 16, 32], "embedding_size": 8,
+                 "stage_out_channels": [16, 16, 32, 32]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "hiera": {"image_size": (64, 64), "embed_dim": 16},
@@ -178,7 +178,8 @@ def _like(default: Any, value: Any) -> Any:
 
 def _key_value_heads(defaults: dict[str, Any]) -> dict[str, Any]:
     """Grouped heads stay grouped; one per query head stays so."""
-    heads = next((defaults[n] for n in ("num_attention_heads", "n_heads", "num_heads") if isinstance(defaults.get(n), int)), None)
+    counts = (defaults.get(n) for n in ("num_attention_heads", "n_heads", "num_heads"))
+    heads = next((n for n in counts if isinstance(n, int)), None)
     found = {}
     for name in ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "indexer_kv_heads", "swa_num_key_value_heads"):
         if name in defaults and isinstance(defaults[name], (int, type(None))):

@@ -1,4 +1,4 @@
-"""One architecture against the one-sample loop: per-sample gradients in hooks mode, norms and weighted sums in ghost mode."""
+"""One architecture against the one-sample loop: gradients in hooks mode, norms and weighted sums in ghost mode."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def _runs_in_float64(architecture: Architecture, shape: tuple[int, int]) -> bool
     return all(p.dtype == torch.float64 for p in model.parameters())  # some cast their own parameters
 
 
-def _run_shape(architecture: Architecture, shape: tuple[int, int], modes: tuple[str, ...], tolerance: float) -> list[Result]:
+def _run_shape(
+    architecture: Architecture, shape: tuple[int, int], modes: tuple[str, ...], tolerance: float
+) -> list[Result]:
     name, label = str(architecture), f"B={shape[0]} T={shape[1]}"
     try:
         model = build(architecture)
