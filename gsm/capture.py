@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from gsm.bags import bags_in, has_bags
 from gsm.functions import Poison
 from gsm.tape import Tape
 from gsm.tracked import Tracked
@@ -87,6 +88,7 @@ class Capture:
 
     def __init__(self, root: nn.Module, tape: Tape, entries: dict[str, Entry]):
         self.root, self.tape, self.entries = root, tape, entries
+        self.has_bags = has_bags(root)
         self.forwards: dict[str, CapturedForward] = {}
         self._sites: list[tuple[dict[str, Any], str, Tracked]] = []
         self._inside: dict[str, list[tuple[dict[str, Any], str, Tracked]]] = {}
@@ -146,7 +148,8 @@ class Capture:
         recomputed = torch._C._current_graph_task_id() != -1 and self.tape.groups
         if recomputed:  # activation checkpointing: a piece of the forward again, its batch anywhere
             return self.run_pass(forward, args, kwargs, self.tape.groups[-1].batch_size)
-        size = batch_size(args, kwargs, self.tape.batch_first)
+        bags = bags_in((args, kwargs)) if self.has_bags else None
+        size = batch_size(args, kwargs, self.tape.batch_first) if bags is None else len(bags.offsets)
         if size is None:
             raise ValueError(
                 f"{type(forward.module).__name__} was called without any tensor among its arguments, so the batch "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grad_samplers import Sampler, per_sample_gradients, per_sample_norms, weighted_sum
 from gsm.ledger import squared_norm, weighted
@@ -61,7 +61,11 @@ class Record:
             if rows is not None:
                 rows = (rows[:, None] * self.fold + torch.arange(self.fold, device=rows.device)).flatten()
         activations, backprops = self.activations, self.backprops
-        if rows is not None:
+        if rows is not None and self.sampler.cls is nn.EmbeddingBag and len(activations) > 1:
+            # The ids of all bags in a row cannot be selected by bag: the others get the output gradient zero instead.
+            backprops = torch.zeros_like(backprops).index_copy_(0, rows, backprops[rows])
+            weights = weights.new_zeros(len(backprops)).index_copy_(0, rows, weights)
+        elif rows is not None:
             activations = [a[rows] if isinstance(a, Tensor) else a for a in activations]
             backprops = backprops[rows]
         return weighted_sum(self.layer, activations, backprops, weights, sampler=self.sampler)

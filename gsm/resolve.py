@@ -140,9 +140,8 @@ def known_call(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kw
     name = func.__name__
     if any(isinstance(a, Tracked) for a in call.activations):
         return _mixed_call(active, func, args, kwargs, call, tracked)
-    layouts = [
-        None if a is None else layout_of(active, tracked[0], name, a, call.batch_dim) for a in call.activations
-    ]
+    asked = call.activations[1:2] if _bags(call) else call.activations  # where ids lie in a row, the offsets tell whose
+    layouts = [None if a is None else layout_of(active, tracked[0], name, a, call.batch_dim) for a in asked]
     if layouts[0] is None:
         if any(layouts[1:]):
             raise unresolvable(tracked, name, ", whose first input does not depend on the samples")
@@ -178,11 +177,15 @@ def _placeholders(call: Call) -> tuple[dict[str, Tensor | None], list[tuple[Tens
     return parameters, targets
 
 
+def _bags(call: Call) -> bool:
+    return call.layer_type is nn.EmbeddingBag and call.activations[1] is not None
+
+
 def _arrange(use: LayerUse, call: Call, layouts: list[Layout | Rows | None]) -> None:
     first = layouts[0]
     assert first is not None
-    if call.layer_type is nn.EmbeddingBag and call.activations[1] is not None:
-        use.layouts = [None] * sum(a is not None for a in call.activations)  # offsets: the bags are the samples
+    if _bags(call):
+        use.layouts = [None] * sum(a is not None for a in call.activations)
         return
     if first.flat and call.layer_type not in _ANY_RANK:
         use.fold = first.positions(call.activations[0], use.batch_size)
