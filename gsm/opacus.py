@@ -70,7 +70,7 @@ REPLACEMENTS: dict[str, dict[str, Any]] = {
     "opacus.accountants.rdp": {"RDPAccountant": accountants.RDPAccountant},
     "opacus.accountants.gdp": {"GaussianAccountant": accountants.GaussianAccountant},
     "opacus.accountants.prv": {"PRVAccountant": accountants.PRVAccountant},
-    "opacus.accountants.utils": {"get_noise_multiplier": accountants.get_noise_multiplier},
+    "opacus.accountants.utils": {"get_noise_multiplier": opacus_classes.get_noise_multiplier},
 }
 
 # Further modules that hold some of these names and that `import opacus` may leave out.

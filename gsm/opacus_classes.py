@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+import accountants
 from gsm.clipping import Clipping, PerLayerClipping
 from gsm.clipping_adaptive import AdaptiveClipping
 from gsm.criterion import GhostCriterion
@@ -165,6 +166,11 @@ class PrivacyEngineAdaptiveClipping(PrivacyEngine):
             "clipbound_learning_rate": 0.2,
         }
         return super().make_private(**{**defaults, **arguments, "clipping": "adaptive"})
+
+
+def get_noise_multiplier(*, accountant: Any = "rdp", **arguments: Any) -> float:
+    """:func:`accountants.get_noise_multiplier` with Opacus's default, which scripts account with afterwards."""
+    return accountants.get_noise_multiplier(accountant=accountant, **arguments)
 
 
 def wrap_data_loader(

@@ -57,7 +57,6 @@ NAMES = {
     "opacus.accountants.RDPAccountant": accountants.RDPAccountant,
     "opacus.accountants.PRVAccountant": accountants.PRVAccountant,
     "opacus.accountants.GaussianAccountant": accountants.GaussianAccountant,
-    "opacus.privacy_engine.get_noise_multiplier": accountants.get_noise_multiplier,
 }
 
 
@@ -126,6 +125,15 @@ def test_an_opacus_without_the_names_changes_nothing(monkeypatch):
 def test_accountants_by_name(install):
     assert type(opacus.accountants.create_accountant("rdp")) is accountants.RDPAccountant
     assert type(opacus.accountants.create_accountant("pld")) is accountants.PLDAccountant
+
+
+def test_calibration_keeps_the_default_accountant(install):
+    budget = {"target_epsilon": 2.0, "target_delta": 1e-5, "sample_rate": 0.01, "steps": 500}
+    sigma = opacus.privacy_engine.get_noise_multiplier(**budget)
+    accountant = opacus.accountants.create_accountant("rdp")
+    accountant.history = [(sigma, 0.01, 500)]
+    assert 1.98 < accountant.get_epsilon(delta=1e-5) <= 2.0
+    assert opacus.accountants.utils.get_noise_multiplier(**budget, accountant="prv") < sigma
 
 
 def test_opacus_helper_functions_see_our_classes(install):
