@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 import accountants
 from gsm import checkpoint, preparation, validation
 from gsm.criterion import GhostCriterion
+from gsm.journal import Journal
 from gsm.loader import DPDataLoader
 from gsm.physical_batches import PhysicalBatchLoader
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
@@ -52,6 +53,8 @@ class PrivacyEngine:
         self.dataset: Any = None
         self._samplers: list[Any] = []
         self._resumed = False
+        self.journal: Journal | None = None
+        self._optimizers: list[Any] = []
         if not secure_mode:
             warnings.warn(
                 "Secure RNG turned off: sampling and noise come from seedable pseudo-random generators, good for "
@@ -213,9 +216,11 @@ class PrivacyEngine:
         if isinstance(optimizer, preparation.DPOptimizer):
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
             optimizer.independent_batches = poisson_sampling
+            optimizer.journal = self.journal
         else:
             optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
             optimizer.accountant = self.accountant
+        self._optimizers.append(optimizer)
         sampler = getattr(loader, "batch_sampler", None)
         if isinstance(sampler, PoissonSampler | DistributedPoissonSampler):
             self._samplers.append(sampler)
@@ -232,6 +237,34 @@ class PrivacyEngine:
             sampler.refresh()
         if isinstance(optimizer, preparation.DPOptimizer):
             optimizer.noise.refresh()
+
+    def keep_journal(self, path: Any) -> None:
+        """Writes every charge to ``path`` before its noise is drawn, and counts what an earlier, crashed run wrote.
+
+        Without a journal, what was released between the last checkpoint and a crash is not on the account of the run
+        that resumes. Call it before the first step, with one file per run, and again when resuming (before or after
+        :meth:`load_checkpoint`). It costs one ``fsync`` per release.
+
+        Raises:
+            CheckpointError: a file that is no journal, or one with fewer releases than this account.
+            ValueError: an optimizer that does not charge by itself (several processes).
+        """
+        if any(not isinstance(optimizer, preparation.DPOptimizer) for optimizer in self._optimizers):
+            raise ValueError("a journal needs gsm's own optimizer, which DistributedDataParallel does not use")
+        self.journal = Journal(path, self.accountant.history)
+        self._settle()
+        for optimizer in self._optimizers:
+            optimizer.journal = self.journal
+
+    def _settle(self) -> None:
+        assert self.journal is not None
+        lost = self.journal.settle(self.accountant)
+        if lost:
+            warnings.warn(
+                f"{lost} releases of an earlier run, made after its last checkpoint, are on the account now: the "
+                f"journal {self.journal.path} has them.",
+                stacklevel=3,
+            )
 
     def get_epsilon(self, delta: float, **kwargs: Any) -> float:
         """Epsilon spent so far, at the given ``delta``."""
@@ -319,6 +352,8 @@ class PrivacyEngine:
             module_kwargs=module_load_dict_kwargs,
             load_kwargs=torch_load_kwargs,
         )
+        if self.journal is not None:
+            self._settle()
         self._resumed = True
         self._refresh_randomness(optimizer)
         return state

@@ -270,6 +270,8 @@ class DPOptimizer(OptimizerInterface):
         if self.sample_rate is None:
             raise ValueError("optimizer.accountant is set but optimizer.sample_rate is not: set both.")
         rate = min(1.0, self.sample_rate * self._pending.samples)
+        if self.journal is not None:
+            self.journal.record(noise_multiplier=self.noise_multiplier, sample_rate=rate)
         self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=rate)
 
     @torch.no_grad()

@@ -41,6 +41,8 @@ class OptimizerInterface(OpacusDPOptimizer):
     def _init_hooks(self) -> None:
         #: How many noisy sums this object has handed to the wrapped optimizer.
         self.releases = 0
+        #: A :class:`gsm.journal.Journal`: charges are on the disk before the noise is drawn. None: they are not.
+        self.journal: Any = None
         #: The sampler whose batches this optimizer is to use; it counts them in ``drawn``. None: not known.
         self.sampler: Any = None
         self._unused_draws = self._seen_draws = 0
@@ -167,12 +169,12 @@ class OptimizerInterface(OpacusDPOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but a logical batch under way (its un-noised sum must not end up in a file)."""
-        left_out = {"_pending", "_step_skip_queue", "_released", "step", "sampler"}
+        left_out = {"_pending", "_step_skip_queue", "_released", "step", "sampler", "journal"}
         return {k: v for k, v in self.__dict__.items() if k not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.sampler = None
+        self.sampler = self.journal = None
         self._reset()
         self.noise.refresh()  # the copy and the original must not draw the same noise
 
