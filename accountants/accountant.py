@@ -15,6 +15,7 @@ from typing import Any
 
 from . import checks
 from .assumptions import RELATIONS, SAMPLINGS, Segment, check_assumptions, segments
+from .dp_event import to_dp_event
 
 
 class IAccountant(abc.ABC):
@@ -82,6 +83,10 @@ class IAccountant(abc.ABC):
             f"epsilon = {self.get_epsilon(delta, **kwargs):.4g} at delta = {delta:g} "
             f"({self.mechanism()} accountant; {SAMPLINGS[self.sampling]}; {RELATIONS[self.relation]})"
         )
+
+    def to_dp_event(self) -> Any:
+        """The history as a ``dp_accounting.DpEvent``; needs dp_accounting (:mod:`accountants.dp_event`)."""
+        return to_dp_event(self.history)
 
     def get_optimizer_hook_fn(self, sample_rate: float) -> Callable[[Any], None]:
         """A function of an optimizer that charges the step it is about to take.

@@ -81,7 +81,8 @@ def test_hook_charges_what_the_optimizer_does(accountant: IAccountant) -> None:
 @pytest.mark.parametrize(
     "noise_multiplier, sample_rate, named",
     [(-1, 0.1, r"noise_multiplier must lie in \[0, inf\), got -1"), (math.nan, 0.1, "noise_multiplier.*NaN"),
-     (math.inf, 0.1, "noise_multiplier"), ("x", 0.1, "noise_multiplier"), (1, 1.5, r"sample_rate must lie in \[0, 1\], got 1.5"),
+     (math.inf, 0.1, "noise_multiplier"), ("x", 0.1, "noise_multiplier"),
+     (1, 1.5, r"sample_rate must lie in \[0, 1\], got 1.5"),
      (1, -0.1, "sample_rate"), (1, math.nan, "sample_rate.*NaN")],
 )  # fmt: skip
 def test_bad_steps_are_refused(
@@ -123,6 +124,22 @@ def test_deep_copies_are_independent(accountant: IAccountant) -> None:
     other = copy.deepcopy(accountant)
     other.step(noise_multiplier=1.0, sample_rate=0.01)
     assert accountant.num_steps == 1 and other.num_steps == 2
+
+
+def test_dp_event_mirrors_the_history_or_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    accountant = create_accountant("pld")
+    accountant.history = [(1.1, 0.01, 100), (2.0, 1.0, 3)]
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(ImportError, match="pip install dp-accounting"):
+        accountant.to_dp_event()
+    names = ("GaussianDpEvent", "PoissonSampledDpEvent", "SelfComposedDpEvent", "ComposedDpEvent")
+    fake = SimpleNamespace(**{name: (lambda *args, name=name: (name, *args)) for name in names})
+    monkeypatch.setitem(sys.modules, "dp_accounting", fake)
+    sampled = ("PoissonSampledDpEvent", 0.01, ("GaussianDpEvent", 1.1))
+    assert accountant.to_dp_event() == (
+        "ComposedDpEvent",
+        [("SelfComposedDpEvent", sampled, 100), ("SelfComposedDpEvent", ("GaussianDpEvent", 2.0), 3)],
+    )
 
 
 def test_registry() -> None:

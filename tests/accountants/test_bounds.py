@@ -1,6 +1,7 @@
 """The parts of the bound one by one: both directions, the lattice laws, the rounding of the transform."""
 
 import math
+from dataclasses import replace
 
 import mpmath as mp
 import numpy as np
@@ -10,7 +11,7 @@ from accountants.assumptions import Segment
 from accountants.bounds import direction_epsilon, directions
 from accountants.compose import Spectrum
 from accountants.lattice import optimistic, pessimistic
-from accountants.pairs import SubsampledGaussian
+from accountants.pairs import Cells, SubsampledGaussian
 from accountants.plan import Plan
 from accountants.replace import ReplacedGaussian
 
@@ -87,3 +88,41 @@ def test_mass_outside_the_window_is_counted() -> None:
     lower = Spectrum([optimistic(pair, plan.step, 1e-12, 1e-20)], plan).compose([steps], upper=False)
     true_delta_at_02 = 0.1  # about; epsilon 2.38 is at 1e-5
     assert upper.delta(0.2) >= true_delta_at_02 and lower.delta(0.2) <= true_delta_at_02
+
+
+class Doubtful(SubsampledGaussian):
+    """The same pair, admitting a rounding error of a thousandth of every cell."""
+
+    def cells(self, edges: np.ndarray) -> Cells:
+        cells = super().cells(edges)
+        return replace(cells, excess_error=cells.excess_error + 1e-3 * cells.p)
+
+
+def test_rounding_errors_of_the_cells_move_mass_to_the_safe_side() -> None:
+    for make, side in ((pessimistic, 1), (optimistic, -1)):
+        sure, doubtful = (make(kind(1.0, 0.01), 1e-2, 1e-12, 1e-20) for kind in (SubsampledGaussian, Doubtful))
+        sums = [float(law.mass @ np.maximum(-np.expm1(0.1 - law.losses), 0.0)) for law in (sure, doubtful)]
+        assert side * (sums[1] - sums[0]) > 0
+
+
+def test_reported_rounding_errors_are_honest() -> None:
+    pair = SubsampledGaussian(1.0, 0.01)
+    edges = np.linspace(-0.005, 2.0, 400)
+    cells = pair.cells(edges)
+    for k in range(0, 399, 37):
+        with mp.workdps(40):
+            cuts = [
+                mp.log((mp.exp(mp.mpf(float(e))) - 1 + mp.mpf(pair.q)) / mp.mpf(pair.q)) + mp.mpf(1) / 2
+                for e in edges[k : k + 2]
+            ]
+            n, m = ((mp.erfc((cuts[0] - c) / mp.sqrt(2)) - mp.erfc((cuts[1] - c) / mp.sqrt(2))) / 2 for c in (0, 1))
+            q = mp.mpf(pair.q)
+            exact = (1 - q) * n + q * m - mp.exp(mp.mpf(float(edges[k]))) * n
+        assert abs(cells.excess[k] - exact) <= cells.excess_error[k]
+
+
+def test_what_lies_above_the_lattice_counts_as_infinite() -> None:
+    pair = SubsampledGaussian(1.0, 0.01)
+    law = pessimistic(pair, 1e-2, 1e-12, 1e-3)
+    assert law.infinite >= exact_delta(pair, float(law.losses[-1])) > 0
+    assert pessimistic(pair, 1e-2, 1e-12, 1e-20).infinite < 1e-18

@@ -50,8 +50,10 @@ def test_sample_rate() -> None:
 
 @pytest.mark.parametrize(
     "bad, named",
-    [({"target_epsilon": 0}, "target_epsilon"), ({"target_epsilon": -1}, "target_epsilon"), ({"target_delta": 1}, "target_delta"),
-     ({"sample_rate": 2}, "sample_rate"), ({"sample_rate": 0}, "sample_rate"), ({"steps": 1.5}, "steps"), ({"steps": 0}, "steps"),
+    [({"target_epsilon": 0}, "target_epsilon"), ({"target_epsilon": -1}, "target_epsilon"),
+     ({"target_delta": 1}, "target_delta"),
+     ({"sample_rate": 2}, "sample_rate"), ({"sample_rate": 0}, "sample_rate"), ({"steps": 1.5}, "steps"),
+     ({"steps": 0}, "steps"),
      ({"epochs": 3}, "EITHER"), ({"steps": None}, "EITHER"), ({"epsilon_tolerance": 0}, "epsilon_tolerance")],
 )  # fmt: skip
 def test_bad_input(bad: dict, named: str) -> None:
