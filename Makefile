@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 JOBS   ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: demo test lint types unit test-transformers benchmark-quick clean
+.PHONY: demo test lint types unit test-transformers test-opacus benchmark-quick clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,11 +32,20 @@ lint: $(VENV)/.installed-transformers
 types: $(VENV)/.installed-transformers
 	$(BIN)/mypy
 
-unit: $(VENV)/.installed-transformers
+# Five files of Opacus's own test-suite import torchvision. It is put aside, where only those tests look, because the
+# one from PyPI does not import beside a CPU build of PyTorch without help (tests/opacus/plugin.py).
+$(VENV)/torchvision-for-opacus-tests: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ -c constraints.txt torchvision
+	touch $@
+
+unit: $(VENV)/.installed-transformers $(VENV)/torchvision-for-opacus-tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
 
 test-transformers: $(VENV)/.installed-transformers
 	GSM_SWEEP=all $(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) tests/transformers
+
+test-opacus: $(VENV)/.installed $(VENV)/torchvision-for-opacus-tests
+	OPACUS_TESTS=all $(ONE_THREAD) $(BIN)/python -m pytest -s tests/opacus/test_suite.py
 
 benchmark-quick: $(VENV)/.installed
 	$(BIN)/python -m benchmarks --quick
