@@ -37,6 +37,8 @@ def save(
         CheckpointError: the optimizer is in the middle of a logical batch, or ``extra`` holds objects that could not be
             loaded safely.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be the torch.nn.Module to save, got {type(module).__name__}")
     if optimizer is not None and getattr(optimizer, "_is_last_step_skipped", False):
         raise CheckpointError(
             "the optimizer is in the middle of a logical batch: save after a step that updated the parameters, or call "
@@ -90,6 +92,9 @@ def _check_complete(state: Mapping[str, Any], path: Any) -> None:
     missing = [name for name in (MODULE, ACCOUNTANT) if name not in state]
     if missing:
         raise CheckpointError(f"{path} is not a checkpoint of private training: it has no {' and no '.join(missing)}")
+    for name in (MODULE, ACCOUNTANT):
+        if not isinstance(state[name], Mapping):
+            raise CheckpointError(f"{path}: {name} must be a state dict, got a {type(state[name]).__name__}")
 
 
 def _check_accountant(saved: Mapping[str, Any], accountant: Any) -> None:

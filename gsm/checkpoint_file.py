@@ -102,7 +102,7 @@ def read(path: Any, **torch_load_kwargs: Any) -> dict[str, Any]:
             f"{name} holds objects other than tensors and plain values; loading them could run code, so they are not: "
             f"{_first_line(error)} If you trust whoever wrote it: torch_load_kwargs={{'weights_only': False}}."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{name} is not a readable checkpoint: {_first_line(error)}") from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{name} holds a {type(state).__name__}, not a checkpoint's dict")

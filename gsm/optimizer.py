@@ -269,6 +269,8 @@ class DPOptimizer(OptimizerInterface):
             return
         if self.sample_rate is None:
             raise ValueError("optimizer.accountant is set but optimizer.sample_rate is not: set both.")
+        if not 0 <= self.sample_rate <= 1:
+            raise ValueError(f"optimizer.sample_rate must lie in [0, 1], got {self.sample_rate!r}.")
         rate = min(1.0, self.sample_rate * self._pending.samples)
         if self.journal is not None:
             self.journal.record(noise_multiplier=self.noise_multiplier, sample_rate=rate)
@@ -347,7 +349,8 @@ def _make_clipping(clipping: str | Clipping, max_grad_norm: float | Sequence[flo
         clipping = CLIPPING[clipping]()
     elif not isinstance(clipping, Clipping):
         raise TypeError(f"clipping is a name or a gsm.clipping.Clipping, got {type(clipping).__name__}.")
-    if isinstance(max_grad_norm, Sequence) and not isinstance(clipping, PerLayerClipping):
+    several = isinstance(max_grad_norm, Sequence) and not isinstance(max_grad_norm, str)
+    if several and not isinstance(clipping, PerLayerClipping):
         raise ValueError('A list of bounds as max_grad_norm goes with clipping="per_layer".')
     clipping.max_grad_norm = max_grad_norm  # type: ignore[assignment]
     return clipping

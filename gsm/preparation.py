@@ -43,7 +43,14 @@ def is_distributed(module: nn.Module) -> bool:
 
 
 def check_parameters(module: nn.Module, optimizer: Optimizer) -> None:
-    """Raise ValueError unless the optimizer holds parameters of this very model, and something to train."""
+    """Raise ValueError unless the optimizer holds parameters of this very model, and something to train.
+
+    Raises TypeError if one of them is something else.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"the optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     names = {id(p): name for name, p in module.named_parameters()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
     strangers = [p for p in held if id(p) not in names]

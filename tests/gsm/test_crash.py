@@ -1,13 +1,14 @@
 """kill -9 at random moments of training, saving and resuming.
 
-A child process (forked, so that it starts at once) resumes from the last checkpoint, trains, and saves now and then. At every
-release it appends one line to a log and waits until that is on the disk, then the parameters move. It is killed
-after a random time, over and over. What must hold after every kill: the checkpoint is whole, and the account of the
-resumed run has at least as many releases as the log.
+A child process (forked, so that it starts at once) resumes from the last checkpoint, trains, and saves now and then.
+At every release it appends one byte to a log and waits until that is on the disk; then the parameters move. It is
+killed after a random time, over and over. What must hold after every kill: the checkpoint is whole, and the account
+of the resumed run has at least as many releases as the log.
 
-Guards and what fails without them: the journal written after the noise, or not synced to the account on loading
-(``test_..._loses_no_release``); ``os.replace`` left out of the checkpoint's writing (``..._checkpoint_is_whole``); torn lines counted as
-damage (``test_a_torn_line...``).
+Guards, and what fails without them: the journal's line written before the noise, and read back on resuming
+(``..._lose_no_release...``, ``..._counts_what_was_released...``, ``..._before_the_noise_is_drawn``); the checkpoint
+written beside the old one and then renamed (``..._the_checkpoint_is_whole``); torn lines left out
+(``test_a_torn_line...``).
 """
 
 import os
