@@ -1,7 +1,7 @@
 """What stands in front of a module's forward while it is wrapped.
 
 A :class:`CapturedForward` is set as the instance's `forward`, on the model itself and on every module below it that
-owns trainable parameters; taking it away restores the module exactly. The outermost one that is called opens a pass:
+holds trainable parameters; taking it away restores the module exactly. The outermost one that is called opens a pass:
 it puts the tracked parameters in the modules' places and takes them out again, whatever happens.
 """
 
@@ -108,7 +108,8 @@ class Capture:
         for path, module in self.root.named_modules():
             inside = next((r for r in subtrees if r == path or not r or path.startswith(r + ".")), None)
             own = [(n, p) for n, p in module._parameters.items() if p is not None and p.requires_grad]
-            if path not in covered and (path in runners or own or module is self.root):
+            # Modules above a parameter too: checkpointing may run any of them again, apart from the model's forward.
+            if path not in covered and (module is self.root or any(p.requires_grad for p in module.parameters())):
                 forward = CapturedForward(module, self, runners.get(path))
                 forward.install()
                 self.forwards[path] = forward

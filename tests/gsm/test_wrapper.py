@@ -167,6 +167,25 @@ def test_activation_checkpointing(mode: str) -> None:
     check(Checkpointed(), torch.randn(3, 2, 4), mode=mode)
 
 
+class CheckpointedAttention(nn.Module):
+    """The attention's output projection is used by its parent, which owns no trainable parameter here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.attention.in_proj_weight.requires_grad_(False)
+        self.attention.in_proj_bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return checkpoint(self.attention, x, x, x, use_reentrant=False)[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_checkpointing_a_module_that_uses_its_childs_parameters(mode: str) -> None:
+    check(CheckpointedAttention(), torch.randn(3, 2, 4), mode=mode)
+
+
 @dataclass
 class Out:
     first: Tensor
