@@ -84,13 +84,17 @@ class _Search:
         self.left -= 1
         if fn is None or self.left < 0:
             return None
+        shape = _shape(fn, nr)
+        if shape and rows.numel() > shape[0]:  # reshapes multiply what is asked; a deep graph would ask without end
+            rows, places = rows.unique(return_inverse=True)
+            found = self.follow(fn, nr, rows)
+            return None if found is None else found[places]
         name = type(fn).__name__
         if name == "TapBackward":
             return self._tapped(fn.use, _shape(fn, nr), rows)
         if name == "ExpandBackward":  # one copy of a parameter per sample
             return rows
         kind = name.rstrip("0123456789").removesuffix("Backward")
-        shape = _shape(fn, nr)
         special = getattr(self, "_" + kind.lower(), None)
         if special is not None:
             return special(fn, nr, rows, shape)

@@ -95,6 +95,15 @@ def test_bitfit_by_requires_grad(mode):
     assert_close_per_sample(captured(model), expected, 1e-7)
 
 
+def test_many_frozen_layers_between_the_adapters_take_no_memory():
+    """Where the batch lies is looked up through all frozen layers, and every reshape on the way multiplies the rows."""
+    model = peft.get_peft_model(bert(layers=8), peft.LoraConfig(r=2, target_modules=["query", "value"])).train()
+    wrapped = GradSampleModule(model, mode="auto", loss_reduction="sum")
+    rows = torch.randint(1, VOCABULARY, (8, 16))
+    model(input_ids=rows).logits.sum().backward()
+    assert wrapped.per_sample_gradient_norms.shape == (8,)
+
+
 def private_step(model):
     optimizer = DPOptimizer(
         torch.optim.SGD(trainable(model).values(), lr=0.5),
