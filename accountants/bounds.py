@@ -14,6 +14,7 @@ from .jumps import epsilon_by_jumps
 from .lattice import Lattice, optimistic, pessimistic
 from .pairs import Pair, SubsampledGaussian
 from .plan import (
+    ABSOLUTE,
     Cumulants,
     Parts,
     Plan,
@@ -73,6 +74,23 @@ def directions(segments: Sequence[Segment]) -> list[Parts]:
 
 
 def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0.0) -> float:
+    """Epsilon at ``delta`` for one direction, or some bound below ``enough``.
+
+    Where Renyi divergences already say that epsilon is next to nothing, or the numbers leave what float64 can hold,
+    theirs is the upper bound, and 0 the lower.
+    """
+    fallback = math.inf
+    if len(parts) <= MANY and not isinstance(parts[0][0], ReplacedGaussian):
+        fallback = best_epsilon([Segment(pair.sigma, pair.q, count) for pair, count in parts], delta)[0]
+    if fallback <= ABSOLUTE:
+        return fallback if upper else 0.0
+    try:
+        return _direction_epsilon(parts, delta, upper, enough)
+    except (OverflowError, ZeroDivisionError):
+        return fallback if upper else 0.0
+
+
+def _direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float) -> float:
     """Epsilon at ``delta`` for one direction; or, if that is found to be below ``enough`` already at first sight,
     some bound below it."""
     cumulants = Cumulants(parts, negligible(parts, delta))

@@ -189,7 +189,7 @@ class Curve:
         # Below this the weights could overflow; the answer is not there if the plan was good, and is looked for anew
         # if it is.
         least = max(reference - 500 / max(theta, 1e-9), 0.0 if start < 0 else start)
-        skip = max(math.ceil((least - start) / plan.step), 0)
+        skip = min(max(math.ceil((least - start) / plan.step), 0), len(mass) - 2)
         losses = start + plan.step * np.arange(skip, len(mass))
         weight = np.maximum(mass[skip:] + sign * eta, 0.0) * np.exp(-theta * (losses - reference))
         faded = lfilter([1.0], [1.0, -math.exp(-plan.step)], weight[::-1])[::-1]
