@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 import accountants
 from gsm.clipping import Clipping, FlatClipping, PerLayerClipping
+from gsm.measured import Measured
 from gsm.noise import GaussianNoise, Noise
 from gsm.optimizer import DPOptimizer
 from gsm.secure_noise import SecureNoise
@@ -124,7 +125,7 @@ class PrivacyEngine:
         self.optimizer: Optimizer | None = None
         self._private: DPOptimizer | None = None
         self._capture: GradSampleModule | None = None
-        self._stats: _Statistics | None = None
+        self._stats: Measured | None = None
 
     def _noise_for(self, target_epsilon: float, epochs: float) -> float:
         mechanism = ACCOUNTING_MODES[self.accounting_mode][0]
@@ -163,7 +164,7 @@ class PrivacyEngine:
         self._check_parameters(optimizer)
         mode, clipping = CLIPPING_MODES[self.clipping_mode]
         noise: Noise = SecureNoise() if self.secure_mode else GaussianNoise(self.noise_generator)
-        self._stats = _Statistics(clipping, noise, self.record_snr)
+        self._stats = Measured(clipping, noise, self.record_snr)
         private = DPOptimizer(
             optimizer,
             noise_multiplier=self.noise_multiplier,
@@ -255,42 +256,6 @@ class PrivacyEngine:
         shown = ["target_epsilon", "target_delta", "noise_multiplier", "epochs", "max_grad_norm", "sample_rate"]
         shown += ["batch_size", "accounting_mode", "clipping_mode"]
         return f"PrivacyEngine({', '.join(f'{name}={getattr(self, name)}' for name in shown)})"
-
-
-class _Statistics:
-    """A noise part that measures what it is given, beside a clipping part that tells its weights."""
-
-    def __init__(self, clipping: type[Clipping], noise: Noise, measure: bool) -> None:
-        self.values: dict[str, float] = {}
-        self.noise, self.measure = noise, measure
-        self.clipping = clipping()
-        weights_of = self.clipping.weights
-
-        def weights(squared_norms: Tensor) -> Tensor:
-            found = weights_of(squared_norms)
-            if found.numel():
-                self.values.update(
-                    med_clip=found.median().item(), max_clip=found.max().item(), min_clip=found.min().item()
-                )
-            return found
-
-        self.clipping.weights = weights  # type: ignore[method-assign]
-
-    def add_(self, tensors: Sequence[Tensor], std: float, sensitivity: float) -> None:
-        if not self.measure:
-            return self.noise.add_(tensors, std, sensitivity)
-        before = [t.clone() for t in tensors]
-        self.noise.add_(tensors, std, sensitivity)
-        signal = _norm(before)
-        noise = _norm([t - b for t, b in zip(tensors, before, strict=True)])
-        self.values.update(signal=signal, noise=noise, snr=signal / noise if noise else math.inf)
-
-    def refresh(self) -> None:
-        self.noise.refresh()
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return torch.stack([t.norm() for t in tensors]).norm().item()
 
 
 def _patch(optimizer: Optimizer, private: DPOptimizer, engine: PrivacyEngine) -> None:

@@ -9,10 +9,12 @@ from torch.utils.data import IterableDataset
 from gsm.transformers.arguments import PrivacyArguments
 
 
-def check_arguments(args: Any, train_dataset: Any, privacy: PrivacyArguments) -> None:
+def check_arguments(args: Any, train_dataset: Any, privacy: PrivacyArguments, seeded: bool) -> None:
     """Raises ValueError for settings under which the guarantee would not hold, naming the setting and what to do."""
     if not isinstance(privacy, PrivacyArguments):
         raise TypeError(f"privacy must be gsm.transformers.PrivacyArguments, got {type(privacy).__name__}")
+    if seeded and privacy.secure_mode:
+        raise ValueError("secure_mode takes its randomness from the operating system: it goes without generator=")
     strategy = getattr(args, "train_sampling_strategy", "random")
     refused = {
         f"max_grad_norm={args.max_grad_norm}: it is the clipping bound on one record, a positive number": (

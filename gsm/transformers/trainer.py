@@ -8,6 +8,7 @@ gradient norm, counts of tokens and operations), unless asked for.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class DPTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, args, **kwargs)
-        check_arguments(self.args, self.train_dataset, privacy)
+        check_arguments(self.args, self.train_dataset, privacy, seeded=generator is not None)
         self.privacy, self.task = privacy, task
         self._generator = generator
         self._sampler: PoissonSampler | None = None
@@ -165,7 +166,7 @@ class DPTrainer(Trainer):
         assert self._private is not None and self._sampler is not None
         state, accountant = self.state, self.accountant
         if state.global_step:
-            self.dp_callback.load(_saved_history(state.stateful_callbacks))
+            self._take_over(_saved_history(state.stateful_callbacks))
         self._private.noise_multiplier = self.privacy.noise_for(
             sample_rate=self.sample_rate,
             delta=self.dp_callback.target_delta,
@@ -177,6 +178,18 @@ class DPTrainer(Trainer):
         self.model.train()
         validation.validate(self.model)
         self._capture = GradSampleModule(self.model, mode=self.privacy.mode)
+
+    def _take_over(self, history: list[Any]) -> None:
+        """A checkpoint's account, unless this object knows of more steps: those were taken, whatever is loaded now."""
+        saved, known = sum(int(entry[2]) for entry in history), self.accountant.num_steps
+        if known > saved:
+            warnings.warn(
+                f"the checkpoint's account has {saved} steps and this trainer has taken {known}: all of them stay on "
+                "the account",
+                stacklevel=2,
+            )
+        else:
+            self.dp_callback.load(history)
 
     def _set_randomness(self, resumed: bool) -> None:
         assert self._private is not None and self._sampler is not None

@@ -161,6 +161,14 @@ def test_a_checkpoint_resumes_with_its_account(tmp_path):
     assert any(different)
 
 
+def test_steps_taken_stay_on_the_account_when_the_same_trainer_goes_back(tmp_path):
+    run = trainer(tmp_path, records=16, save_strategy="steps", save_steps=2)
+    run.train()
+    with pytest.warns(UserWarning, match="has 2 steps and this trainer has taken 4"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.accountant.history == [(1.0, 0.25, 6)]
+
+
 def test_restored_callbacks_keep_the_account(tmp_path):
     first = trainer(tmp_path, records=16, save_strategy="steps", save_steps=2)
     first.train()
@@ -270,6 +278,12 @@ def test_a_loss_of_ones_own(tmp_path):
 def test_settings_that_cannot_be_honoured_are_refused(tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         trainer(tmp_path, **options)
+
+
+def test_a_seed_and_secure_mode_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="secure_mode takes its randomness"):
+        trainer(tmp_path, generator=torch.Generator(), privacy=PrivacyArguments(noise_multiplier=1.0, secure_mode=True))
+    trainer(tmp_path, privacy=PrivacyArguments(noise_multiplier=1.0, secure_mode=True), max_steps=1).train()
 
 
 def test_streams_and_missing_data_are_refused(tmp_path):
