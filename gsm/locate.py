@@ -22,7 +22,8 @@ _UNSEEN: Any = object()
 class Seen(NamedTuple):
     """What the probe saw at a site: the tensor, what it was taken for, and why.
 
-    ``picked``: its rows follow the data; ``owner``: the sample of each row, if the graph tells; ``told``: by a caller.
+    ``picked``: its rows follow the data; ``owner``: the sample of each row, if the graph tells; ``told``: by a caller;
+    ``depends``: it has a graph.
     """
 
     x: Tensor
@@ -30,6 +31,7 @@ class Seen(NamedTuple):
     picked: bool = False
     owner: Tensor | None = None
     told: bool = False
+    depends: bool = False
 
 
 class Log(dict[Any, Seen]):
@@ -100,11 +102,11 @@ def _probing(active: Pass, key: Any, x: Tensor, known: Any, batch_dim: int | Non
             taken = _guess(active, x, batch_dim)
         except Unresolvable:
             if owners is None:
-                active.log[key] = Seen(x.detach(), None)
+                active.log[key] = Seen(x.detach(), None, depends=True)
                 raise
             taken = Rows(owners.owner)
     picked, owner = (False, None) if owners is None else (owners.picked, owners.owner)
-    active.log[key] = Seen(x.detach(), taken, picked, owner)
+    active.log[key] = Seen(x.detach(), taken, picked, owner, depends=x.requires_grad)
     return taken
 
 

@@ -230,6 +230,11 @@ class _Search:
         if indices[0] is None:  # x[:, index]: the first dimension stays in front if the indices are adjacent
             return self._parent(fn, rows) if given == list(range(given[0], given[-1] + 1)) else None
         self.picked = True
+        masks = [t for t in indices if t is not None and t.dtype in (torch.bool, torch.uint8)]
+        if masks:  # a mask over the leading dimensions picks entries in order; beside other indices it is not followed
+            if len(given) > 1:
+                return None
+            return self._parent(fn, masks[0].nonzero()[:, 0][rows])
         first = torch.broadcast_tensors(*[t for t in indices if t is not None])[0]
         if first.dim() == 1:
             return self._parent(fn, first[rows])

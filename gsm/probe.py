@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from gsm.bags import bags_in, regrouped
 from gsm.capture import Capture, CapturedForward, tensors_in
 from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther
-from gsm.locate import Log
+from gsm.locate import Log, Seen
 from gsm.ownership import owners_in_layout
 from gsm.scalars import compare_alone, named_scalars, uneven_labels
 
@@ -45,7 +45,7 @@ class NoDropout(TorchFunctionMode):
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No dropout inside; random state and buffers as before afterwards."""
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    held = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
     # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
     hidden: list[tuple[Any, float]] = [
@@ -65,7 +65,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for layer, p in hidden:
             layer.dropout = p
         with torch.no_grad():
-            for b, before in buffers:
+            for module, name, b, before in held:
+                module._buffers[name] = b  # a forward may have put another tensor in its place
                 if b.shape == before.shape:
                     b.copy_(before)
 
@@ -96,11 +97,12 @@ def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
 def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0, bags: bool = False) -> Any:
     """The arguments with ``new`` samples in place of ``size``.
 
-    The first sample stays; the others are the second and following ones, ``skip`` of them left out. Where there are too
-    few, they come again, changed (rolled along the last dimension and, if floating, scaled): two calls with different
-    ``skip`` have the first sample in common and no other.
+    The first and the last sample stay; between them are the second and following ones, ``skip`` of them left out.
+    Where there are too few, they come again, changed (rolled along the last dimension and, if floating, scaled): two
+    calls with different ``skip`` have the first and the last sample in common and no other. Both are needed: what
+    runs along the batch (a sum so far, a recurrence that takes the batch for time) reaches only later samples.
     """
-    turns = [0] + [i + skip for i in range(1, new)]
+    turns = [0] + [i + skip for i in range(1, new - 1)] + [-1]
     done: list[Tensor] = []
     found = bags_in(value) if bags else None
     if found is not None:
@@ -201,7 +203,7 @@ def learned(one: Log, other: Log, first: int, second: int, strict: bool) -> dict
     for key in {**one, **other}:
         if key not in one or key not in other:
             if not (one.skipped or other.skipped):  # else what is missing was cut short
-                layouts[key] = UNKNOWN
+                layouts[key] = _alone(one[key], first) if key in one else _alone(other[key], second)
             continue
         a, b = one[key], other[key]
         if a.picked or b.picked:
@@ -211,6 +213,16 @@ def learned(one: Log, other: Log, first: int, second: int, strict: bool) -> dict
         if strict:
             _check_influence(a.x, b.x, first, second, layouts[key], key[0])
     return layouts
+
+
+def _alone(seen: Seen, n: int) -> Layout | None:
+    """The layout of a tensor that only one batch had: a mask, say, which the other did not need."""
+    x = seen.x
+    if seen.depends:
+        own = not seen.picked and seen.owner is not None and seen.owner.tolist() == [*range(n)]
+        return Layout(0) if own else UNKNOWN
+    mask = x.dim() > 1 and (x.is_floating_point() or x.dtype == torch.bool)
+    return Layout(tuple(x.shape).index(n)) if mask and tuple(x.shape).count(n) == 1 else UNKNOWN
 
 
 def _as_taken(log: Log, layouts: dict[tuple[str, int], Layout | None]) -> bool:
@@ -262,8 +274,8 @@ def _same(x: Tensor, y: Tensor) -> bool:
 def _check_influence(x: Tensor, y: Tensor, first: int, second: int, layout: Layout | None, site: str) -> None:
     if layout is None or layout is UNKNOWN or x.is_meta:
         return
-    one, other = layout.to_front(x, first)[0], layout.to_front(y, second)[0]
-    if one.shape == other.shape and not _same(one, other):
+    x, y = layout.to_front(x, first), layout.to_front(y, second)
+    if x.shape[1:] == y.shape[1:] and not (_same(x[0], y[0]) and _same(x[-1], y[-1])):
         raise SamplesInfluenceEachOther(
             f"Samples influence each other before {site.replace(':', ' is used by ')}: the values for one sample "
             "changed when only other samples of the batch did. Batch statistics, a loss or a router over the whole "

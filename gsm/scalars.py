@@ -68,12 +68,13 @@ def _reason(name: str, reduction: str) -> str:
             f"{name}: a load-balancing loss over the tokens of the whole batch, so samples influence each other. Turn "
             "it off with model.config.output_router_logits = False (and do not pass output_router_logits=True)."
         )
+    other = "sum" if reduction == "mean" else "mean"
     return (
-        f"{name}: the model's own loss for a batch is not the {reduction} of its samples' losses, so samples "
-        "influence each other. A mean over the tokens of the whole batch is not: another sample's padding changes "
-        "this sample's weight. Leave labels out of the model's call, and use gsm.transformers.per_sample_loss(outputs, labels), "
-        f"whose {reduction} is. If the model balances the load of experts, set model.config.output_router_logits = False; "
-        f"if the loss is a {'sum' if reduction == 'mean' else 'mean'}, say so with loss_reduction=."
+        f"{name}: the model's own loss for a batch is not the {reduction} of its samples' losses, so samples influence "
+        "each other (in a mean over the tokens of the whole batch, another sample's padding changes this sample's "
+        "weight). Leave labels out of the model's call, and use the "
+        f"{reduction} of gsm.transformers.per_sample_loss(outputs, labels). If the model balances the load of experts, "
+        f"set model.config.output_router_logits = False; if the loss is a {other}, say so: loss_reduction='{other}'."
     )
 
 

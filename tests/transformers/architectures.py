@@ -20,6 +20,7 @@ TASKS = {
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
 }
+EXTRA = (("seq2seq", "whisper", "WhisperForConditionalGeneration"),)  # of other mappings, asked for by name
 LARGEST = 6_000_000
 
 
@@ -46,6 +47,8 @@ def architectures() -> list[Architecture]:
         for model_type, names in getattr(modeling_auto, mapping).items():
             for name in (names,) if isinstance(names, str) else names:
                 found.setdefault(f"{task} {name}", Architecture(task, model_type, name))
+    for task, model_type, name in EXTRA:
+        found.setdefault(f"{task} {name}", Architecture(task, model_type, name))
     return sorted(found.values())
 
 
