@@ -165,6 +165,8 @@ class DPOptimizer(OptimizerInterface):
         for batch, (clipped, sums) in zip(batches, results, strict=True):
             self._pending.add(batch.params, sums, clipped)
             self._pending.joins = False
+        if self._pending.samples > max(1, len(batches)) and self.independent_batches:
+            self._warn_once(OVERLAPPING)
         self._iterations = len(batches)
         for p, total in self._pending.sums.items():
             p.summed_grad = total  # type: ignore[attr-defined]
@@ -194,8 +196,6 @@ class DPOptimizer(OptimizerInterface):
         self._iterations = 0
         self._is_last_step_skipped = True
         self._pending.joins = told_to_skip or not self.independent_batches
-        if self._pending.samples > 1 and self.independent_batches:
-            self._warn_once(OVERLAPPING)
 
     def _backward(self, loss: Tensor) -> None:
         if not isinstance(loss, Tensor) or loss.dim() != 1:

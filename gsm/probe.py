@@ -102,7 +102,7 @@ def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0, b
     calls with different ``skip`` have the first and the last sample in common and no other. Both are needed: what
     runs along the batch (a sum so far, a recurrence that takes the batch for time) reaches only later samples.
     """
-    turns = [0] + [i + skip for i in range(1, new - 1)] + [-1]
+    turns = [0] + [i + skip for i in range(1, new - 1)] + [size - 1]
     done: list[Tensor] = []
     found = bags_in(value) if bags else None
     if found is not None:

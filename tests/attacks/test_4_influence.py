@@ -1,0 +1,143 @@
+"""Class 4: samples that influence each other. Then no clipping bounds what one record changes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from opacus.validators.errors import UnsupportedModuleError
+from torch import nn
+
+from gsm import GradSampleModule, verify
+from gsm.clipping_user import UserClipping
+from gsm.probe import SamplesInfluenceEachOther
+from tests.attacks.tools import CE, FEATURES, data, mlp, step, training, watched
+
+X, Y = data(8).tensors
+TRAINABLE = [nn.BatchNorm1d, nn.SyncBatchNorm, nn.LazyBatchNorm1d]
+
+
+@pytest.mark.parametrize("layer", [*TRAINABLE, lambda n=None: nn.BatchNorm1d(4, affine=False)])
+def test_every_batch_norm_is_refused_with_its_path(layer):
+    """Guard: ``validation.validate``; frozen or without parameters they mix samples all the same."""
+    norm = layer() if layer is nn.LazyBatchNorm1d else layer(4)
+    with pytest.raises(UnsupportedModuleError, match="1 .*BatchNorm.*get_compatible_module"):
+        training(nn.Sequential(nn.Linear(FEATURES, 4), norm, nn.Linear(4, 3)))
+
+
+def test_a_batch_norm_switched_to_training_later_is_refused():
+    """Guard: checked at every forward, not only when wrapped."""
+    model = nn.Sequential(nn.Linear(FEATURES, 4), nn.BatchNorm1d(4).eval().requires_grad_(False), nn.Linear(4, 3))
+    wrapped, optimizer, _ = watched(model)
+    step(wrapped, optimizer, X, Y)
+    wrapped.train()
+    with pytest.raises(SamplesInfluenceEachOther, match="1 is a BatchNorm1d in training mode"):
+        wrapped(X)
+
+
+class Disguised(nn.Module):
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.out, self.what = nn.Linear(FEATURES, 4), nn.Linear(4, 3), what
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.what == "standardised":
+            h = (h - h.mean(0)) / (h.std(0) + 1e-3)
+        elif self.what == "softmax over the batch":
+            h = h.softmax(0)
+        elif self.what == "attention over the batch":
+            h = (h @ h.t()).softmax(1) @ h
+        elif self.what == "divided by the largest":
+            h = h / h.abs().max()
+        elif self.what == "the neighbour added":
+            h = h + h.roll(1, 0)
+        elif self.what == "cumulative":
+            h = h.cumsum(0)
+        return self.out(h)
+
+
+@pytest.mark.parametrize("what", ["standardised", "softmax over the batch", "attention over the batch",
+                                  "divided by the largest", "the neighbour added", "cumulative"])  # fmt: skip
+def test_batch_statistics_in_disguise_are_refused_at_the_first_batch(what):
+    """Guard: the probe compares the first and the last sample's values with other neighbours between them.
+
+    What shows only with rare values (a maximum that the two themselves hold) is for ``verify``.
+    """
+    x = X.clone()
+    x[1:-1] *= 3
+    with pytest.raises(SamplesInfluenceEachOther, match="[Ss]amples influence each other"):
+        GradSampleModule(Disguised(what))(x)
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU])
+def test_a_recurrent_layer_that_takes_the_batch_for_time_is_refused(layer):
+    """Guard: as above, the last sample: with ``batch_first=False`` it sees all samples before it."""
+
+    class Mistaken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.recurrent, self.out = layer(FEATURES, 4, batch_first=False), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.out(self.recurrent(x)[0][:, -1])
+
+    with pytest.raises(ValueError, match="influence each other|batch"):
+        GradSampleModule(Mistaken())(torch.randn(8, 6, FEATURES))
+
+
+TARGETS = torch.tensor([0, 1, 2, 0, 1, -100, 2, 0])
+
+
+@pytest.mark.parametrize("loss", [
+    lambda out, rows: F.cross_entropy(out, TARGETS[rows]),  # ignore_index: the mean is over the others' count
+    lambda out, rows: F.cross_entropy(out, Y[rows], weight=torch.tensor([1.0, 2.0, 5.0])),
+    lambda out, rows: F.cross_entropy(out @ out.t(), torch.arange(len(out))),  # contrastive
+    lambda out, rows: out.std(),
+    lambda out, rows: out.sum() / out.abs().max(),
+])  # fmt: skip
+def test_losses_over_the_batch_are_shown_by_verify(loss):
+    """Guard: ``verify(loss=)`` compares with one sample alone; what happens in a loss cannot be seen in the loop."""
+    report = verify(mlp(), X, loss=loss)
+    assert not report.ok
+    assert verify(mlp(), X, loss=lambda out, rows: F.cross_entropy(out, Y[rows])).ok
+
+
+def test_class_weights_are_right_as_a_loss_per_sample():
+    """The way out that SECURITY.md names: ``step(loss=)`` with reduction="none" weights every sample by itself."""
+    weight = torch.tensor([1.0, 2.0, 5.0])
+    model, optimizer, watch = watched(bound=1e6)
+    optimizer.step(loss=CE(model(X), Y, weight=weight, reduction="none"))
+    with_all = watch.sums[0]
+    optimizer.zero_grad()
+    optimizer.step(loss=CE(model(X[:7]), Y[:7], weight=weight, reduction="none"))
+    optimizer.zero_grad()
+    optimizer.step(loss=CE(model(X[7:]), Y[7:], weight=weight, reduction="none"))
+    torch.testing.assert_close(with_all, watch.sums[1] + watch.sums[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_rows_taken_for_records_are_said(rows):
+    """Guard: ``Tape._compare_rows``; a record with five rows contributes five times the bound."""
+    model, optimizer, loader = training()
+    x, y = next(iter(loader))
+    with pytest.warns(UserWarning, match=f"called on {rows * len(x)} rows, but the loader had drawn {len(x)} records"):
+        step(model, optimizer, x.repeat_interleave(rows, 0), y.repeat_interleave(rows))
+
+
+def test_rows_of_one_record_clipped_together_need_no_warning(recwarn):
+    """The way out that the message names."""
+    model, optimizer, loader = training(clipping=UserClipping(reduction="mean"))
+    x, y = next(iter(loader))
+    recwarn.clear()
+    optimizer.clipping.set_users(torch.arange(len(x)).repeat_interleave(3))
+    step(model, optimizer, x.repeat_interleave(3, 0), y.repeat_interleave(3))
+    assert not [w for w in recwarn if "rows" in str(w.message)]
+    assert optimizer.noise.sums[0].norm() <= len(x) * 1.0
+
+
+def test_the_ordinary_loop_is_silent(recwarn):
+    """The other side of all warnings: nothing is said where nothing is wrong, pieces and empty batches included."""
+    model, optimizer, loader = training(batch_size=1, max_physical_batch_size=2)
+    recwarn.clear()
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    assert not recwarn.list

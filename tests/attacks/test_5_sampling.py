@@ -1,0 +1,144 @@
+"""Class 5: sampling that is not what was accounted."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+
+from accountants import PRVAccountant
+from gsm import make_private
+from gsm.loader import DPDataLoader
+from gsm.sampling import PoissonSampler, Words, inclusion_threshold
+from tests.attacks.tools import CE, RECORDS, data, mlp, step, training
+
+X, Y = data(8).tensors
+
+
+@pytest.mark.parametrize("rate", [1e-7, 1 / 3, 1e-3, 0.1 + 0.2])
+def test_no_rate_is_rounded_up(rate):
+    """Guard: 62-bit thresholds; 24-bit floats draw 19 % more than 1e-7."""
+    assert Fraction(inclusion_threshold(rate), 2**62) <= Fraction(rate) < Fraction(inclusion_threshold(rate) + 1, 2**62)
+
+
+@pytest.mark.parametrize("batches", [
+    lambda d: {"sampler": WeightedRandomSampler(torch.ones(len(d)).tolist(), len(d)), "batch_size": 8},
+    lambda d: {"batch_sampler": [[0, 1, 2]] * 5},
+    lambda d: {"sampler": torch.utils.data.SubsetRandomSampler(range(10)), "batch_size": 5},
+])  # fmt: skip
+def test_other_sampling_is_never_silently_replaced(batches):
+    """Guard: ``loader._check_replaceable``."""
+    records, model = data(), mlp()
+    with pytest.raises(ValueError, match="which Poisson sampling would replace"):
+        make_private(model, torch.optim.SGD(model.parameters(), lr=1), DataLoader(records, **batches(records)),
+                     noise_multiplier=1.0)  # fmt: skip
+
+
+def test_a_part_of_the_data_is_sampled_at_its_own_rate():
+    """The way out that the message names: a Subset; the rate is per record of the subset."""
+    _, optimizer, loader = training(dataset=Subset(data(), range(10)), batch_size=5)
+    assert optimizer.sample_rate == 0.5 and max(max(b, default=0) for b in loader.batch_sampler) < 10
+
+
+def test_equal_seeds_on_all_ranks_draw_independently():
+    """Guard: ``Words.fork``; otherwise the k-th records of all shards enter together."""
+    masks = [Words(torch.Generator().manual_seed(0)).fork(rank).below(4000, 1 << 61) for rank in range(2)]
+    agree = (masks[0] == masks[1]).mean()
+    assert 0.45 < agree < 0.55
+
+
+def test_drop_last_drops_nobody_and_the_rate_is_the_one_charged():
+    """Guard: the rate follows the loader's length, and the accountant gets the same number."""
+    model = mlp()
+    loader = DataLoader(data(), batch_size=12, drop_last=True)
+    _, optimizer, private = make_private(model, torch.optim.SGD(model.parameters(), lr=1), loader, noise_multiplier=1.0)
+    assert optimizer.sample_rate == private.batch_sampler.sample_rate == 1 / 3
+    drawn = {i for _ in range(20) for batch in private.batch_sampler for i in batch}
+    assert drawn == set(range(RECORDS))
+
+
+def test_an_empty_batch_has_no_rows_and_is_released_and_charged():
+    """Guard: collate functions for nobody; a made-up record would be a contribution that the noise does not cover."""
+    model, optimizer, loader = training(batch_size=1)
+    empty = 0
+    for x, y in loader:
+        empty += len(x) == 0
+        step(model, optimizer, x, y)
+    assert empty > 5 and sum(n for *_, n in optimizer.accountant.history) == len(loader) == len(optimizer.noise.sums)
+
+
+def test_skipped_empty_batches_are_said():
+    """Guard: ``DPDataLoader._watched``; the steps that are missing say which batches were empty."""
+    model, optimizer, loader = training(batch_size=1)
+    with pytest.warns(UserWarning, match="empty batch.* got no optimizer.step"):
+        for x, y in loader:
+            if len(x):
+                step(model, optimizer, x, y)
+
+
+def test_made_up_records_for_empty_batches_are_refused():
+    """Guard: ``rand_on_empty`` must be False."""
+    with pytest.raises(ValueError, match="made-up record"):
+        DPDataLoader(data(), sample_rate=0.1, rand_on_empty=True)
+
+
+def test_fixed_batches_are_never_reported_as_poisson_without_a_word():
+    """Guard: ``preparation.check_assumption``."""
+    with pytest.warns(UserWarning, match="epsilon is computed for Poisson sampling"):
+        training(poisson_sampling=False)
+
+
+def test_fixed_batches_have_a_certified_price(recwarn):
+    """The way out that the message names: an accountant that is told what the loader does, at a higher price."""
+    accountant = PRVAccountant(sampling="shuffled", relation="zero_out")
+    model, optimizer, loader = training(poisson_sampling=False, accountant=accountant)
+    poisson = PRVAccountant()
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    poisson.history = accountant.history
+    assert accountant.get_epsilon(1e-5) > poisson.get_epsilon(1e-5)
+    assert not [w for w in recwarn if "epsilon is computed for Poisson" in str(w.message)]
+
+
+def test_the_original_loader_is_noticed():
+    """Guard: ``_check_drawn`` counts what the returned loader's sampler drew."""
+    model = mlp()
+    original = DataLoader(data(), batch_size=8)
+    model, optimizer, _ = make_private(model, torch.optim.SGD(model.parameters(), lr=0.0), original,
+                                       noise_multiplier=1.0)  # fmt: skip
+    with pytest.warns(UserWarning, match="more releases than batches drawn"):
+        for x, y in original:
+            step(model, optimizer, x, y)
+
+
+def test_an_accountant_shared_by_two_optimizers_counts_both():
+    """Right by construction: every release is charged where it happens."""
+    accountant = PRVAccountant()
+    for _ in range(2):
+        model, optimizer, loader = training(accountant=accountant)
+        for x, y in loader:
+            step(model, optimizer, x, y)
+    assert accountant.history == [(1.0, 0.2, 10)]
+
+
+def test_independent_samples_joined_by_virtual_step_are_charged_at_their_joint_rate():
+    """Guard: ``independent_batches``; the same record may be in both, so bounds and rates add up."""
+    model, optimizer, loader = training()
+    batches = iter(loader)
+    with pytest.warns(UserWarning, match="drew independently"):
+        for last in (False, True):
+            x, y = next(batches)
+            CE(model(x), y).backward()
+            optimizer.step() if last else optimizer.virtual_step()
+    assert optimizer.noise.stds == [2.0] and optimizer.accountant.history == [(1.0, 0.4, 1)]
+
+
+def test_secure_mode_takes_no_seed():
+    """Guard: a seed in secure mode is refused, and torch.manual_seed does not reach the sampler."""
+    with pytest.raises(ValueError, match="prohibited"):
+        training(secure_mode=True, noise_generator=torch.Generator())
+    draws = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        draws.append(list(PoissonSampler(num_samples=200, sample_rate=0.5, secure_mode=True)))
+    assert draws[0] != draws[1]
