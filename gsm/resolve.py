@@ -140,7 +140,8 @@ def known_call(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kw
     name = func.__name__
     if any(isinstance(a, Tracked) for a in call.activations):
         return _mixed_call(active, func, args, kwargs, call, tracked)
-    asked = call.activations[1:2] if _bags(call) else call.activations  # where ids lie in a row, the offsets tell whose
+    # Where all ids lie in a row, the offsets tell whose they are; their values depend on all bags before, as they may.
+    asked = [torch.zeros_like(call.activations[1])] if _bags(call) else call.activations
     layouts = [None if a is None else layout_of(active, tracked[0], name, a, call.batch_dim) for a in asked]
     if layouts[0] is None:
         if any(layouts[1:]):
