@@ -57,9 +57,10 @@ def run(arguments: list[str], which: str, folder: Path, profile: str) -> tuple[d
     """Outcome of each test (passed, failed, skipped, left out) by its id, and pytest's output."""
     report = folder / f"{which}.xml"
     names = [str(SUITE / a) if a.endswith(".py") or (SUITE / a).is_dir() else a for a in arguments]
-    command = [sys.executable, "-m", "pytest", "-p", "tests.opacus.plugin", "-p", "no:cacheprovider", "-q", "-c", os.devnull]
-    command += ["-o", "python_files=*_test.py", "-o", "junit_family=xunit1", f"--rootdir={SUITE}", f"--junitxml={report}"]
-    command += ["-W", "ignore", f"--opacus={which}", *(["--left-out", str(LEFT_OUT)] if which == "ours" else []), *names]
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore"]
+    command += ["-p", "tests.opacus.plugin", "-p", "no:cacheprovider"]
+    command += ["-c", os.devnull, f"--rootdir={SUITE}", "-o", "python_files=*_test.py", f"--junitxml={report}"]
+    command += [f"--opacus={which}", *(["--left-out", str(LEFT_OUT)] if which == "ours" else []), *names]
     path = [str(HERE.parents[1]), str(TORCHVISION), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OPACUS_TESTS_PROFILE": profile}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -90,6 +91,7 @@ def check(arguments: list[str], folder: Path, profile: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(ALL, reason="the whole suite is run instead of the selection")
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("part", SELECTION)
 def test_selection(part: str, tmp_path: Path):
     check(SELECTION[part], tmp_path, "fast")
