@@ -45,7 +45,8 @@ class NoDropout(TorchFunctionMode):
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """No dropout inside; random state and buffers as before afterwards."""
-    held = [(m, name, b, b.detach().clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    held = [(m, name, b, b.detach().clone()) for m, name, b in named]
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
     # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
     hidden: list[tuple[Any, float]] = [
@@ -275,7 +276,8 @@ def _check_influence(x: Tensor, y: Tensor, first: int, second: int, layout: Layo
     if layout is None or layout is UNKNOWN or x.is_meta:
         return
     x, y = layout.to_front(x, first), layout.to_front(y, second)
-    if x.shape[1:] == y.shape[1:] and not (_same(x[0], y[0]) and _same(x[-1], y[-1])):
+    ends = (0, -1) if x.is_floating_point() else (0,)  # the last of some ids may be one of several of a bag
+    if x.shape[1:] == y.shape[1:] and not all(_same(x[i], y[i]) for i in ends):
         raise SamplesInfluenceEachOther(
             f"Samples influence each other before {site.replace(':', ' is used by ')}: the values for one sample "
             "changed when only other samples of the batch did. Batch statistics, a loss or a router over the whole "
