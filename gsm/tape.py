@@ -138,6 +138,12 @@ class Tape:
                 "Per-sample gradients of a backward with create_graph=True are not defined: those captured would "
                 "be of the inner derivative. Compute gradient penalties outside the wrapped model."
             )
+        if not self.enabled:
+            raise RuntimeError(
+                "The hooks were disabled between this forward and its backward, so the gradients would be neither per "
+                "sample nor ordinary. If this is the second backward of Opacus's ghost clipping: here one is enough, "
+                "call optimizer.step() after the first."
+            )
         group.delivered = True
         if not any(g is group for g in self.groups):
             self.groups.append(group)

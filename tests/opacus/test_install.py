@@ -209,6 +209,20 @@ def test_ghost_clipping_put_together_by_hand(install):
     assert pickle.loads(pickle.dumps(model))._last_norms is None  # but not a file
 
 
+def test_the_two_backward_passes_written_out_by_hand_are_refused_at_the_second(install):
+    model = opacus.grad_sample.GradSampleModuleFastGradientClipping(nn.Linear(6, 3), max_grad_norm=0.5)
+    optimizer = opacus.optimizers.DPOptimizerFastGradientClipping(
+        torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=0.0, max_grad_norm=0.5, expected_batch_size=8
+    )
+    losses = nn.functional.cross_entropy(model(torch.randn(8, 6)), torch.randint(0, 3, (8,)), reduction="none")
+    losses.mean().backward(retain_graph=True)
+    optimizer.zero_grad()
+    weighted = (model.get_clipping_coef() * losses).sum()
+    model.disable_hooks()
+    with pytest.raises(RuntimeError, match="here one is enough"):
+        weighted.backward()
+
+
 def test_the_reductions_must_agree(install):
     model = opacus.grad_sample.GradSampleModuleFastGradientClipping(nn.Linear(2, 2), loss_reduction="sum")
     optimizer = opacus.optimizers.DPOptimizer(
