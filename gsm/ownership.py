@@ -149,6 +149,10 @@ class _Search:
         before = tuple(fn._saved_self_sym_sizes)
         if not before or not shape:
             return None
+        if before[0] == 1 and len(before) > 1 and before[1] == shape[0]:
+            found = self._behind_one(fn.next_functions[0][0], rows)
+            if found is not None:
+                return found
         if before[0] == shape[0]:
             return self._parent(fn, rows)
         size = math.prod(shape[1:])
@@ -158,6 +162,20 @@ class _Search:
         if inner and size % inner == 0:  # [B * T, d] to [B, T, d]
             k = size // inner
             return self._agreeing(fn, rows[:, None] * k + torch.arange(k, device=rows.device))
+        return None
+
+    def _behind_one(self, fn: Any, rows: Tensor) -> Tensor | None:
+        """``rows`` index the second dimension, the first has one entry: ``x[None, index]``."""
+        kind = type(fn).__name__.rstrip("0123456789").removesuffix("Backward")
+        if kind == "Unsqueeze" and _signed(fn._saved_dim) == 0:
+            return self._parent(fn, rows)
+        if kind == "Index":
+            indices: list[Tensor | None] = list(fn._saved_indices)
+            second = indices[1] if len(indices) == 2 and indices[0] is None else None
+            if second is not None and second.dim() == 1:
+                self.picked = True
+                picked = second.nonzero()[:, 0] if second.dtype == torch.bool else second
+                return self._behind_one(fn.next_functions[0][0], picked[rows])
         return None
 
     _unsafeview = _reshapealias = _view

@@ -245,6 +245,12 @@ def setitem(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) 
     tracked = tracked_in(args, kwargs)
     if isinstance(x, Tracked) or not isinstance(value, Tracked):
         raise unresolvable(tracked, "assignment to a parameter's entries")
+    first = index[0] if isinstance(index, tuple) else index
+    if isinstance(first, int):  # one sample at a time
+        whole = layout_of(active, value, "setitem", torch.empty(x.shape, device="meta"))
+        if isinstance(whole, Layout) and whole.dim == 0 and not whole.flat:
+            x[index] = expanded(active, value)[first]
+            return None
     shape = x[index].shape
     layout = layout_of(active, value, "setitem", torch.empty(shape, device="meta"))
     if layout is None or layout.flat:
@@ -272,6 +278,10 @@ def batch_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     """Batch normalisation with fixed statistics is a scale and a shift; with the batch's own it mixes samples."""
+    if isinstance(x, Tracked):  # of a weight, to standardise it: no sample is involved
+        args = (x, running_mean, running_var, weight, bias, training, momentum, eps)
+        with torch._C.DisableTorchFunctionSubclass():
+            return apply_to_values(F.batch_norm, args, {})
     if training or running_mean is None:
         raise ValueError(
             "Batch normalisation in training mode makes samples influence each other: replace it by GroupNorm or "

@@ -43,6 +43,10 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
         if any(isinstance(x, Tracked) for x in leaves):
             raise NotPerSample(f"{path}: its input is a parameter that has not met a sample", subtree=path)
         found = [_layout(active, path, i, x) for i, x in enumerate(leaves)]
+        if active.log is not None and active.log.dry:
+            active.log.skipped = True
+            with _inside(capture, forward, path):
+                return _plain(module, tracked, args, kwargs)
         layouts = [lay for lay in found if not isinstance(lay, Rows)]
         if len(layouts) < len(found):
             raise NotPerSample(f"{path}: the rows of its inputs are ordered by the data", subtree=path)
@@ -51,9 +55,6 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
         with _inside(capture, forward, path):
             if active.batch_size == 0:
                 return _empty(active, module, tracked, args, kwargs)
-            if active.log is not None and active.log.dry:
-                active.log.skipped = True
-                return _plain(module, tracked, args, kwargs)
             if not loop and active.log is not None:
                 _check_vmap(module, tracked, leaves, layouts, spec, active.batch_size, path)
             copies = {n: expanded(active, t) for n, t in tracked.items()}
@@ -77,7 +78,14 @@ def _inside(capture: Capture, forward: CapturedForward, path: str) -> Iterator[N
 
 
 def _layout(active: Pass, path: str, i: int, x: Any) -> Layout | Rows | None:
-    return active.layout(f"{path}:input{i}", x) if isinstance(x, Tensor) and x.dim() else None
+    if not isinstance(x, Tensor) or not x.dim():
+        return None
+    try:
+        return active.layout(f"{path}:input{i}", x)
+    except Unresolvable as error:
+        if active.log is not None and active.log.dry:
+            return None  # looked at again, once more is known
+        raise NotPerSample(f"{path}: {error}", subtree=path) from None
 
 
 Outputs = tuple[Sequence[Tensor], Callable[[list[Any]], Any]]

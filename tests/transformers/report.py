@@ -1,6 +1,6 @@
 """`python -m tests.transformers.report`: runs the sweep and writes `docs/transformers.md`, one row an architecture.
 
-`--shard 0/2 --results a.jsonl` runs a part and keeps its results; `--from a.jsonl b.jsonl` writes the page from kept ones.
+`--shard 0/2 --results a.jsonl` runs a part and keeps its results; `--from a.jsonl b.jsonl` writes the page from those.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "transformers.md"
 SECONDS = 240
 HEAD = """# Transformers, as they come
 
-Every architecture that a small configuration builds from transformers {version}'s auto-mappings, unmodified, against the
-one-sample loop. Two runs each: 3 samples of 8 tokens, in float64 as far as the model lets it (many compute norms and
-routers in float32 inside: relative error at most 2e-4), and 4 samples of 4 tokens with 4 heads, float64 throughout (1e-8).
-*Hooks* compares per-sample gradients, *ghost* norms and weighted sums. *Mixes* means that the plain model itself gives a
-sample other outputs in a batch than alone: refusing it is right. The last column counts parameters by rung:
-registered sampler, known use of a bare parameter, `vmap` over a subtree, loop over the samples.
+Every architecture that a small configuration builds from transformers {version}'s auto-mappings, unmodified, against
+the one-sample loop. Two runs each: 3 samples of 8 tokens, in float64 as far as the model lets it (many compute norms
+and routers in float32 inside: relative error at most 2e-4), and 4 samples of 4 tokens with 4 heads, float64 throughout
+(1e-8). *Hooks* compares per-sample gradients, *ghost* norms and weighted sums. *Mixes* means that the plain model
+itself gives a sample other outputs in a batch than alone: refusing it is right. The last column counts parameters by
+rung: registered sampler, known use of a bare parameter, `vmap` over a subtree, loop over the samples.
 
 Written by `python -m tests.transformers.report` (`make test-transformers` checks the same).
 
@@ -60,14 +60,16 @@ def page(rows: list[dict[str, Any]]) -> str:
     built = {n: [r for r in rs if r["verdict"] != "not built"] for n, rs in by_name.items()}
     built = {n: rs for n, rs in built.items() if rs}
     lines = [HEAD.format(version=transformers.__version__), *_summary(built, len(by_name)), ""]
-    lines += ["| architecture | hooks | ghost | largest error | parameters by rung |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| architecture | hooks | ghost | largest error | parameters by rung |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
     lines += [_row(name, rs) for name, rs in sorted(built.items())]
     lines += ["", "## What stops, and why", ""]
     for name, rs in sorted(built.items()):
         bad = [r for r in rs if r["verdict"] in ("error", "WRONG") or (r["verdict"] == "refused" and not r["mixes"])]
         if bad:
-            lines.append(f"- {name}: {bad[0]['shape']} {bad[0]['mode']}: {bad[0]['verdict']}: {_short(bad[0]['reason'])}")
-    lines += ["", "## Not built", "", "The small configuration, or the model itself in float64 on its inputs, stops:", ""]
+            first = bad[0]
+            lines.append(f"- {name}: {first['shape']} {first['mode']}: {first['verdict']}: {_short(first['reason'])}")
+    lines += ["", "## Not built", "", "The small configuration, or the plain model on its inputs, stops:", ""]
     lines += [f"- {n}: {_short(rs[0]['reason'], 140)}" for n, rs in sorted(by_name.items()) if n not in built]
     return "\n".join(lines) + "\n"
 
@@ -75,8 +77,10 @@ def page(rows: list[dict[str, Any]]) -> str:
 def _summary(built: dict[str, list[dict[str, Any]]], total: int) -> list[str]:
     mixing = {n for n, rs in built.items() if any(r["mixes"] for r in rs)}
     alone = {n: rs for n, rs in built.items() if n not in mixing}
-    right = {m: sum(all(r["verdict"] == "right" for r in rs if r["mode"] == m) for rs in alone.values())
-             for m in ("hooks", "ghost")}
+    right = {
+        m: sum(all(r["verdict"] == "right" for r in rs if r["mode"] == m) for rs in alone.values())
+        for m in ("hooks", "ghost")
+    }
     wrong = sum(any(r["verdict"] == "WRONG" for r in rs) for rs in built.values())
     refused = sum(all(r["verdict"] == "refused" for r in built[n]) for n in mixing)
     rungs: Counter[str] = Counter()
@@ -85,8 +89,9 @@ def _summary(built: dict[str, list[dict[str, Any]]], total: int) -> list[str]:
             rungs.update(r["rungs"] if r["mode"] == "hooks" else {})
     share = ", ".join(f"{k} {v / max(sum(rungs.values()), 1):.1%}" for k, v in rungs.most_common())
     return [
-        f"{total} architectures, {len(built)} built. Samples independent: {len(alone)}; right in hooks {right['hooks']}, "
-        f"in ghost {right['ghost']}; silently wrong {wrong}. Mixing: {len(mixing)}, refused {refused}. "
+        f"{total} architectures, {len(built)} built.",
+        f"Samples independent: {len(alone)}; right in hooks {right['hooks']}, in ghost {right['ghost']}.",
+        f"Silently wrong: {wrong}. Mixing: {len(mixing)}, refused {refused}.",
         f"Parameters by rung: {share}.",
     ]
 

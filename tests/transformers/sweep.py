@@ -118,6 +118,7 @@ def mixing(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
 
 def _run_mode(model: nn.Module, inputs: Any, expected: dict[str, Tensor], mode: str, tolerance: float) -> Result:
     result = Result("", "", mode, "right")
+    wrapped = None
     try:
         wrapped = GradSampleModule(model, mode=mode, loss_reduction="sum")
         torch.manual_seed(0)
@@ -136,13 +137,16 @@ def _run_mode(model: nn.Module, inputs: Any, expected: dict[str, Tensor], mode: 
     except Exception as error:
         refused = isinstance(error, ValueError) and "influence each other" in str(error)
         result.verdict, result.reason = "refused" if refused else "error", f"{type(error).__name__}: {error}"
+    finally:
+        if wrapped is not None:
+            wrapped.remove_hooks()
     return result
 
 
 def _largest_error(model: nn.Module, expected: dict[str, Tensor], mode: str, tolerance: float) -> float:
     """The largest error of any parameter's gradients or norms, relative to that parameter's gradients.
 
-    A gradient that is itself only rounding (1e-9 of the largest parameter's, 1e-6 where float32 is inside) counts as that.
+    A gradient that is itself only rounding counts as that: 1e-9 of the largest parameter's, 1e-6 if float32 is inside.
     """
     floor = 1e-9 if tolerance <= TOLERANCE else 1e-6
     got = captured(model)

@@ -59,7 +59,8 @@ def _check(architecture: Architecture, named: bool = False) -> None:
         if r.verdict == "not built" and not named:
             continue
         wanted = "refused" if r.mixes else "error" if r.architecture in STOPPED else "right"
-        assert r.verdict == wanted, f"{r.shape} {r.mode}: {r.verdict}, not {wanted}: error {r.error:.3g} {r.reason[:800]}"
+        what = f"{r.shape} {r.mode}: {r.verdict}, not {wanted}"
+        assert r.verdict == wanted, f"{what}: error {r.error:.3g} {r.reason[:800]}"
 
 
 @pytest.mark.parametrize("name", NAMED)
