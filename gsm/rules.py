@@ -246,6 +246,12 @@ def setitem(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) 
     if isinstance(x, Tracked) or not isinstance(value, Tracked):
         raise unresolvable(tracked, "assignment to a parameter's entries")
     first = index[0] if isinstance(index, tuple) else index
+    if isinstance(first, Tensor) and first.dtype == torch.bool and value.dim() <= x.dim() - first.dim():
+        where = reference(active, [value], "setitem", (x,), {})
+        if first is not index or where is None:
+            raise unresolvable(tracked, "assignment", " by a mask into a tensor without a batch of its own")
+        x[first] = aligned(active, value, "setitem", *where).expand(x.shape)[first]
+        return None
     if isinstance(first, int):  # one sample at a time
         whole = layout_of(active, value, "setitem", torch.empty(x.shape, device="meta"))
         if isinstance(whole, Layout) and whole.dim == 0 and not whole.flat:

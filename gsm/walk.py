@@ -160,17 +160,26 @@ class CapturePlan:
         if isinstance(error, VmapFails):
             path = error.subtree or ""
         elif error.subtree is None:
-            path = error.parameters[0].rpartition(".")[0]
+            path = self._next_owner(error)
         elif error.subtree == "":
             raise error
         else:
             path = self._above(error.subtree)
-        if self.subtrees.get(path) == rung:
+        if self.subtrees.get(path) in (rung, "loop"):
             raise error
         self.subtrees[path], self.reasons[path] = rung, str(error)
         for below in [p for p in self.subtrees if p != path and (not path or p.startswith(path + "."))]:
             del self.subtrees[below]
         self._rebuild()
+
+    def _next_owner(self, error: Unresolvable) -> str:
+        """A module that holds the parameter and is not yet handled as a whole: shared parameters have several."""
+        param = dict(self.root.named_parameters()).get(error.parameters[0])
+        for path, module in self.root.named_modules():
+            inside = any(not s or path == s or path.startswith(s + ".") for s in self.subtrees)
+            if param is not None and not inside and any(p is param for p in module._parameters.values()):
+                return path
+        raise error
 
     def _above(self, path: str) -> str:
         """The nearest module above that has a forward of its own."""
