@@ -10,7 +10,7 @@ import numpy as np
 from . import gaussian
 from .assumptions import Segment
 from .compose import Curve, Spectrum
-from .jumps import epsilon_by_jumps
+from .jumps import Answer, epsilon_by_jumps, guess_by_one_jump
 from .lattice import Lattice, optimistic, pessimistic
 from .pairs import Pair, SubsampledGaussian
 from .plan import (
@@ -107,9 +107,9 @@ def _direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float) -
     plan = choose(cumulants, tilts, epsilon, math.log(delta), slope, refine)
     points = (plan.high - plan.low) / plan.step
     odd = abs(saddle_epsilon - epsilon) > 0.1 * epsilon
-    if len(parts) == 1 and (
-        odd or points > DEAR or log_noise(cumulants, plan, math.log(delta)) > log_allowed(epsilon, slope)
-    ):
+    drowned = log_noise(cumulants, plan, math.log(delta)) > log_allowed(epsilon, slope)
+    lost = epsilon > found + 20 * tolerance(found)
+    if len(parts) == 1 and (odd or drowned or lost or points > DEAR):
         result = _by_jumps(parts[0], delta, (epsilon, slope), refine, upper)
         if result is not None:
             return min(result, found) if upper else result
@@ -128,15 +128,20 @@ def _by_jumps(
     """Composition by the number of large losses: coarsely from above until it agrees with itself, then as asked."""
     pair, steps = part
     above = negligible([part], delta)
-    for attempt in range(ATTEMPTS):
-        answer = epsilon_by_jumps(pair, steps, delta, above, lattice_maker([part], delta, True), guess, 0, True)
-        if answer is None or not 0 < answer[0] < math.inf:
+    # From above, the foot of a window looks like an answer; so start from a guess that is too low rather than too high.
+    look = min(Answer(*guess, {}), guess_by_one_jump(pair, steps, delta, above), key=lambda answer: answer.epsilon)
+    if look.epsilon < ABSOLUTE:
+        return None
+    for _ in range(ATTEMPTS):
+        answer = epsilon_by_jumps(pair, steps, delta, above, lattice_maker([part], delta, True), look, 0, True)
+        if answer is None or not 0 < answer.epsilon < math.inf:
             return None
-        if attempt and answer[0] > guess[0] - 20 * tolerance(guess[0]):
+        close = abs(answer.epsilon - look.epsilon) < 20 * tolerance(look.epsilon)
+        look = answer
+        if close:
             break
-        guess = answer
-    answer = epsilon_by_jumps(pair, steps, delta, above, lattice_maker([part], delta, upper), guess, refine, upper)
-    return None if answer is None or math.isinf(answer[0]) else answer[0]
+    answer = epsilon_by_jumps(pair, steps, delta, above, lattice_maker([part], delta, upper), look, refine, upper)
+    return None if answer is None or math.isinf(answer.epsilon) else answer.epsilon
 
 
 def scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float], float, float, float]:
@@ -203,8 +208,8 @@ def discretise(parts: Parts, step: float, delta: float, upper: bool) -> list[Lat
     return [make(pair, step) for pair, _ in parts]
 
 
-def lattice_maker(parts: Parts, delta: float, upper: bool) -> Callable[[Pair, float], Lattice]:
-    """Lattice law of a pair at a mesh, dominating it (``upper``) or dominated by it."""
+def lattice_maker(parts: Parts, delta: float, upper: bool) -> Callable[..., Lattice]:
+    """Lattice law of a pair at a mesh, or of its losses between two, dominating it (``upper``) or dominated by it."""
     make = pessimistic if upper else optimistic
     below, above = 1e-9 / sum(count for _, count in parts), negligible(parts, delta)
-    return lambda pair, step: make(pair, step, below, above)
+    return lambda pair, step, *between: make(pair, step, below, above, *between)

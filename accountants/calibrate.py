@@ -141,8 +141,9 @@ def _curve(accountant: str | IAccountant, delta: float, kwargs: dict[str, Any]) 
     meter = create_accountant(accountant) if isinstance(accountant, str) else copy.copy(accountant)
 
     def epsilon(sigma: float, q: float, count: int) -> float:
-        meter.history = [(sigma, q, count)]
-        return meter.get_epsilon(delta=delta, **kwargs)
+        fresh = copy.copy(meter)  # remembers no earlier answer: what is promised is what the user will see
+        fresh.history = [(sigma, q, count)]
+        return fresh.get_epsilon(delta=delta, **kwargs)
 
     return epsilon
 

@@ -17,6 +17,10 @@ are merged, each to a point, at losses :math:`l_1<l_2`; where two lattice points
 :math:`l_1,l_2`. Where not,
 everything is rounded down to the lattice. What lies outside the cells is dropped.
 
+*A part of the law*, for :mod:`accountants.jumps`: the cells between two losses. A cell across the border belongs to
+both parts from
+above and to neither from below, so parts on different lattices need no common edge.
+
 *Rounding*: the cells come with bounds on their rounding errors; masses are moved up (or down) by that much.
 """
 
@@ -47,36 +51,53 @@ class Lattice:
         return self.offset + self.step * np.arange(len(self.mass))
 
 
-def pessimistic(pair: Pair, step: float, below: float, above: float) -> Lattice:
-    """A law that dominates the pair's.
+def pessimistic(
+    pair: Pair, step: float, below: float, above: float, low: float = -math.inf, high: float = math.inf
+) -> Lattice:
+    """A law that dominates the pair's, or the part of it with losses between ``low`` and ``high``.
 
     Args:
         pair: of one step.
         step: distance h of the lattice points.
         below, above: P-mass that may be rounded up to the lowest point, and over the highest point.
+        low, high: a cell that is only partly between them counts whole.
     """
     lowest, highest = pair.support(below, above)
-    count = _count(highest - lowest, step)
-    edges = _edges(pair, lowest, highest, step, count)
+    every = _edges(pair, lowest, highest, step, _count(highest - lowest, step))
+    edges = every[_between(every, low, high)]
     cells = pair.cells(edges)
-    up = np.minimum((cells.excess + cells.excess_error) / -math.expm1(-step), cells.p + cells.p_error)
-    mass = np.zeros(count)
-    mass[:-1] = cells.p + cells.p_error - up
+    p = np.where((edges[1:] > low) & (edges[:-1] <= high), cells.p + cells.p_error, 0.0)
+    up = np.minimum((cells.excess + cells.excess_error) / -math.expm1(-step), p)
+    mass = np.zeros(len(edges))
+    mass[:-1] = p - up
     mass[1:] += up
-    mass[0] += cells.below
-    mass[-1] += max(cells.above - cells.above_excess, 0.0)
-    return Lattice(float(edges[0]), step, mass, cells.above_excess)
+    if low < every[0]:
+        mass[0] += cells.below
+    if high >= every[-1]:
+        mass[-1] += max(cells.above - cells.above_excess, 0.0)
+    top = cells if edges[-1] == every[-1] else pair.cells(every[-2:])
+    return _trim(Lattice(float(edges[0]), step, mass, top.above_excess))
 
 
-def optimistic(pair: Pair, step: float, below: float, above: float) -> Lattice:
-    """A law that the pair's dominates; arguments as for :func:`pessimistic`."""
+def optimistic(
+    pair: Pair, step: float, below: float, above: float, low: float = -math.inf, high: float = math.inf
+) -> Lattice:
+    """A law that the pair's dominates; arguments as for :func:`pessimistic`, but a cell that is only partly between
+    ``low`` and ``high`` does not count."""
     lowest, highest = pair.support(below, above)
     width = OPTIMISTIC_CELL * step
     pairs_of_cells = _count(highest - lowest, 2 * width)
     count = 2 * pairs_of_cells + 1
     edges = _edges(pair, lowest, highest, width, count + 1)
+    if pair.anchor != "top":
+        inside = _between(edges, low, high)
+        odd = (
+            inside.stop - inside.start
+        ) % 2  # one cell on its own and the others in pairs have an even number of edges
+        edges = edges[inside.start - odd : inside.stop] if inside.start else edges[: inside.stop + odd]
+        count = len(edges) - 1
     cells = pair.cells(edges)
-    p = np.maximum(cells.p - cells.p_error, 0.0)
+    p = np.where((edges[:-1] >= low) & (edges[1:] <= high), np.maximum(cells.p - cells.p_error, 0.0), 0.0)
     share = (cells.excess - cells.excess_error - cells.p_error) / np.maximum(p, 1e-300)
     # The loss of a cell merged to one point, above the cell's lower edge.
     inner = np.clip(-np.log1p(-np.clip(share, 0.0, 1 - 1e-9)), 0.0, width)
@@ -86,7 +107,25 @@ def optimistic(pair: Pair, step: float, below: float, above: float) -> Lattice:
     index, mass = _merge_pairs(p, inner, edges, step, centre, slice(0, count - 1) if lone else slice(1, count))
     index, mass = np.concatenate([[0], index]), np.concatenate([[p[lone]], mass])
     lowest_index = int(index.min())
-    return Lattice(centre + lowest_index * step, step, np.bincount(index - lowest_index, weights=mass))
+    return _trim(Lattice(centre + lowest_index * step, step, np.bincount(index - lowest_index, weights=mass)))
+
+
+def _between(edges: Array, low: float, high: float) -> slice:
+    """The edges of every cell that is at least partly between ``low`` and ``high``, three of them at least."""
+    first = max(int(np.searchsorted(edges, low, side="left")) - 1, 0)
+    last = min(int(np.searchsorted(edges, high, side="right")), len(edges) - 1)
+    first = min(first, len(edges) - 3)
+    return slice(first, max(last, first + 2) + 1)
+
+
+def _trim(lattice: Lattice) -> Lattice:
+    """Without the empty points at both ends."""
+    filled = np.nonzero(lattice.mass)[0]
+    if not len(filled):
+        return Lattice(lattice.offset, lattice.step, lattice.mass[:1], lattice.infinite)
+    first, last = int(filled[0]), int(filled[-1])
+    offset = lattice.offset + first * lattice.step
+    return Lattice(offset, lattice.step, lattice.mass[first : last + 1], lattice.infinite)
 
 
 def _merge_pairs(p: Array, inner: Array, edges: Array, step: float, centre: float, part: slice) -> tuple[Array, Array]:

@@ -82,18 +82,16 @@ class Cumulants:
         peak = exponent.max(axis=2)
         return (peak + np.log(np.exp(exponent - peak[:, :, None]).sum(axis=2))) @ self.counts
 
-    def log_masses(self) -> list[float]:
-        """log of each segment's mass."""
-        return [float(value) for value in self._log_sum(self.log_weight)]
+    def band(self, threshold: float, low: float, high: float) -> Cumulants | None:
+        """A single segment as two: losses up to ``threshold``, and those between ``low`` and ``high``; None where one
+        is empty."""
+        small, large = self.loss[0] <= threshold, (self.loss[0] > low) & (self.loss[0] <= high)
+        return self._two(small, large) if small.any() and large.any() else None
 
-    def split(self, threshold: float) -> Cumulants | None:
-        """A single segment as two, losses up to ``threshold`` and above it; None where one of them is empty."""
-        small = self.loss[0] <= threshold
-        if small.all() or not small.any():
-            return None
+    def _two(self, first: Array, second: Array) -> Cumulants:
         two = copy.copy(self)
         two.loss, two.gap = np.repeat(self.loss, 2, axis=0), np.repeat(self.gap, 2, axis=0)
-        two.log_weight = np.where(np.stack([small, ~small]), self.log_weight, -np.inf)
+        two.log_weight = np.where(np.stack([first, second]), self.log_weight, -np.inf)
         return two
 
     def with_counts(self, counts: Sequence[int]) -> Cumulants:
