@@ -156,9 +156,28 @@ class Capture:
                 f"{type(forward.module).__name__} was called without any tensor among its arguments, so the batch "
                 "size is unknown: pass the inputs as tensors (in tuples, lists or dicts if need be)."
             )
+        if size == 0:
+            return self._without_samples(forward, args, kwargs)
         if self.whole is not None and forward.module is self.root:
             return self.whole(args, kwargs, size)
         return self.run_pass(forward, args, kwargs, size)
+
+    def _without_samples(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An empty batch: as it is where the model can, else as :mod:`gsm.empty` says."""
+        from gsm import empty  # it needs what is built on this module
+
+        try:
+            if self.whole is not None and forward.module is self.root:
+                return self.whole(args, kwargs, 0)
+            return self.run_pass(forward, args, kwargs, 0)
+        except Exception as error:
+            try:
+                with torch.no_grad():
+                    out = forward.original(*empty.with_one_row(args), **empty.with_one_row(kwargs))
+            except Exception:
+                raise error from None
+            tracked = list({id(t): t for _, _, t in self._sites}.values())
+            return empty.cut(out, self.tape.begin(0), tracked, self.tape.batch_first)
 
     def run_pass(
         self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, log: Any = None
