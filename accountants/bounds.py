@@ -79,15 +79,26 @@ def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0
     Where Renyi divergences already say that epsilon is next to nothing, or the numbers leave what float64 can hold,
     theirs is the upper bound, and 0 the lower.
     """
-    fallback = math.inf
+    fallback = most_loss(parts)
+    if fallback <= enough:
+        return fallback if upper else 0.0
     if len(parts) <= MANY and not isinstance(parts[0][0], ReplacedGaussian):
-        fallback = best_epsilon([Segment(pair.sigma, pair.q, count) for pair, count in parts], delta)[0]
+        renyi = best_epsilon([Segment(pair.sigma, pair.q, count) for pair, count in parts], delta)[0]
+        fallback = min(fallback, renyi)
     if fallback <= ABSOLUTE:
         return fallback if upper else 0.0
     try:
-        return _direction_epsilon(parts, delta, upper, enough)
+        result = _direction_epsilon(parts, delta, upper, enough)
+        return min(result, fallback) if upper else result
     except (OverflowError, ZeroDivisionError):
         return fallback if upper else 0.0
+
+
+def most_loss(parts: Parts) -> float:
+    """No total loss is above this, so neither is epsilon: -log(1 - q) a step where a record is added."""
+    if not all(pair.anchor == "top" for pair, _ in parts):
+        return math.inf
+    return math.fsum(-count * math.log1p(-pair.q) for pair, count in parts) * (1 + 1e-12)
 
 
 def _direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float) -> float:
@@ -109,7 +120,7 @@ def _direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float) -
     odd = abs(saddle_epsilon - epsilon) > 0.1 * epsilon
     drowned = log_noise(cumulants, plan, math.log(delta)) > log_allowed(epsilon, slope)
     lost = epsilon > found + 20 * tolerance(found)
-    if len(parts) == 1 and (odd or drowned or lost or points > DEAR):
+    if len(parts) == 1 and parts[0][0].anchor != "top" and (odd or drowned or lost or points > DEAR):
         result = _by_jumps(parts[0], delta, (epsilon, slope), refine, upper)
         if result is not None:
             return min(result, found) if upper else result

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .compose import Curve, Spectrum
-from .lattice import Lattice
+from .lattice import MAX_POINTS, Lattice
 from .pairs import Pair
 from .plan import Cumulants, Plan, choose, saddle_for_epsilon
 
@@ -99,7 +99,7 @@ def epsilon_by_jumps(
                 plan = replace(plan, step=min(plan.step, coarse.step / refine))
             # A part of a law ends abruptly, and where it does depends on the mesh: some room beyond what was planned.
             low, high = plan.low - ROOM / abs(plan.tail_low), plan.high + ROOM / plan.tail_high
-            step = min(plan.step, (high - low) / LEAST_POINTS)
+            step = min(plan.step, max((high - low) / LEAST_POINTS, whole.range / MAX_POINTS))
             if not upper and 0.1 * pair.q < step < 2 * pair.q and (high - low) / pair.q < 1e5:
                 step = 0.1 * pair.q  # cells about as wide as the bulk of the losses lose much of their mean
             plan = replace(plan, low=low, high=high, step=step)
