@@ -32,7 +32,6 @@ itself gives a sample other outputs in a batch than alone: refusing it is right.
 rung: registered sampler, known use of a bare parameter, `vmap` over a subtree, loop over the samples.
 
 Written by `python -m tests.transformers.report` (`make test-transformers` checks the same).
-
 """
 
 
