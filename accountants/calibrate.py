@@ -26,7 +26,7 @@ def get_noise_multiplier(
     sample_rate: float,
     epochs: float | None = None,
     steps: int | None = None,
-    accountant: str | IAccountant = "prv",
+    accountant: str | IAccountant = "rdp",
     epsilon_tolerance: float = 0.01,
     **kwargs: Any,
 ) -> float:

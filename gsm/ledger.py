@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gsm.tape import Tape
 
 # Which tape captures a parameter: how an optimizer finds its gradients without being introduced to a wrapper.
+# The tape is held weakly, as it holds the parameter: its wrapper, or the wrapped modules, keep it.
 _TAPES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -129,17 +131,18 @@ def stack_rows(rows: Sequence[Tensor | None], params: Sequence[Tensor], batch_si
 
 
 def register_tape(param: nn.Parameter, tape: Tape) -> None:
-    _TAPES[param] = tape
+    _TAPES[param] = ref(tape)
 
 
 def forget_tape(param: nn.Parameter, tape: Tape) -> None:
-    if _TAPES.get(param) is tape:
+    if tape_of(param) is tape:
         del _TAPES[param]
 
 
 def tape_of(param: nn.Parameter) -> Tape | None:
     """The tape that captures this parameter's gradients, or None."""
-    return _TAPES.get(param)
+    held = _TAPES.get(param)
+    return None if held is None else held()
 
 
 def _by_tape(params: Sequence[nn.Parameter]) -> list[tuple[Tape, list[nn.Parameter]]]:

@@ -119,7 +119,10 @@ def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0, b
             preferred = 0 if batch_first or x.dim() < 2 else 1
             dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
         # In their order, the last one repeated: lengths that were sorted stay sorted.
-        out = torch.stack([_changed(x.select(dim, min(i, size - 1)), max(0, i - size + 1)) for i in turns], dim)
+        rows = [_changed(x.select(dim, min(i, size - 1)), max(0, i - size + 1)) for i in turns]
+        if skip and x.is_floating_point():  # neighbours that outweigh both: a maximum over the batch shows as well
+            rows[1:-1] = [3 * row for row in rows[1:-1]]
+        out = torch.stack(rows, dim)
         return out.detach().requires_grad_(x.requires_grad) if x.is_floating_point() else out
 
     return tree_map(pick, value, is_leaf=lambda x: isinstance(x, PackedSequence))

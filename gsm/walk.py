@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -80,7 +81,7 @@ class CapturePlan:
         self.capture.attach(runners, roots, covered)
         self.capture.whole = self._whole
         for p in self.trainable:
-            self.guards.append(p.register_post_accumulate_grad_hook(self._caught))
+            self.guards.append(p.register_post_accumulate_grad_hook(_weakly(self._caught)))
         if self.strict:
             for path, module in self.root.named_modules():
                 if isinstance(module, MIXING):
@@ -204,6 +205,18 @@ class CapturePlan:
     def close(self) -> None:
         self._detach()
         self.tape.groups, self.tape.live = [], False
+
+
+def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that does not keep its object alive: the garbage collector cannot see a cycle through a parameter."""
+    held = weakref.WeakMethod(method)
+
+    def hook(p: Tensor) -> None:
+        live = held()
+        if live is not None:
+            live(p)
+
+    return hook
 
 
 def _state(params: list[nn.Parameter]) -> list[tuple[bool, int]]:

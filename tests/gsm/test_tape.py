@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -48,6 +51,24 @@ def test_zero_grad_between_forward_and_backward_keeps_the_forward() -> None:
     model.zero_grad()
     loss.backward()
     assert [b.batch_size for b in collect(list(model.parameters()))] == [5]
+
+
+def test_a_wrapped_model_is_freed() -> None:
+    model = GradSampleModule(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)), mode="ghost")
+    model(torch.randn(4, 3)).sum().backward()
+    gone = weakref.ref(model)
+    weight = weakref.ref(model._module[0])
+    del model
+    gc.collect()
+    assert gone() is None and weight() is None
+
+
+def test_the_raw_model_keeps_its_capture_alive() -> None:
+    inner = nn.Linear(3, 2)
+    GradSampleModule(inner, mode="ghost")
+    gc.collect()
+    inner(torch.randn(4, 3)).sum().backward()
+    assert [b.batch_size for b in collect(list(inner.parameters()))] == [4]
 
 
 def test_norms_before_any_backward_are_an_error() -> None:
