@@ -25,7 +25,7 @@ from gsm.tape import Tape
 from gsm.tracked import Tracked
 
 if TYPE_CHECKING:
-    from gsm.plan import Entry
+    pass
 
 Runner = Callable[["Capture", "CapturedForward", tuple[Any, ...], dict[str, Any]], Any]
 
@@ -86,8 +86,8 @@ class CapturedForward:
 class Capture:
     """The captured forwards and tracked parameters of one wrapped model."""
 
-    def __init__(self, root: nn.Module, tape: Tape, entries: dict[str, Entry]):
-        self.root, self.tape, self.entries = root, tape, entries
+    def __init__(self, root: nn.Module, tape: Tape):
+        self.root, self.tape = root, tape
         self.has_bags = has_bags(root)
         self.forwards: dict[str, CapturedForward] = {}
         self._sites: list[tuple[dict[str, Any], str, Tracked]] = []

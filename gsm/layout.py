@@ -124,7 +124,6 @@ class Rows:
 
 BATCH_FIRST = Layout(0)
 UNKNOWN = Layout(-1, "unknown")  # the probe saw the tensor: what its shape suggests means nothing
-BATCH_SECOND = Layout(1)
 
 
 def guess(

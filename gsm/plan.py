@@ -14,8 +14,6 @@ from torch import nn
 from grad_samplers import lookup, reason_unsupported
 from grad_samplers.functional import FUNCTIONAL_LAYERS
 
-RUNGS = ("sampler", "tracked", "functorch", "loop")
-
 
 @dataclass
 class Entry:

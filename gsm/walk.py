@@ -77,7 +77,7 @@ class CapturePlan:
                 if sampler is not None:
                     entry.rung, entry.why = "sampler", f"registered for {type(module).__name__}"
                 self.plan.entries[path] = entry
-        self.capture = Capture(self.root, self.tape, self.plan.entries)
+        self.capture = Capture(self.root, self.tape)
         self.capture.attach(runners, roots, covered)
         self.capture.whole = self._whole
         for p in self.trainable:

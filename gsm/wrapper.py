@@ -34,8 +34,8 @@ class GradSampleModule(AbstractGradSampleModule):
         mode: "hooks" leaves `p.grad_sample`, `[batch, *p.shape]`, on every trainable parameter; "ghost" and "auto"
             keep only what norms and weighted sums need ("ghost" the least memory, "auto" the least time within
             `memory_budget`); "functorch" and "loop" compute `p.grad_sample` that way for every module.
-        memory_budget: bytes that materialised gradients may take in mode "auto"; by default a tenth of the
-            peak of the non-private step, estimated from what the first batch captured.
+        memory_budget: bytes that materialised gradients may take in mode "auto"; by default as much
+            as the non-private step's activations and a tenth (:mod:`gsm.planner`), measured before the first batch.
 
     Raises:
         ValueError: for an unknown mode or reduction, a model without trainable parameters or already wrapped, or (if
