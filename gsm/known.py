@@ -38,8 +38,8 @@ class Template:
         "targets",
         "flatten",
         "batch_dim",
-        "keep",
-        "kept",
+        "row_dims",
+        "with_statistics",
         "aside",
     )
 
@@ -50,10 +50,10 @@ class Template:
         self.layer, self.sampler, self.targets = layer, sampler, targets
         self.layer_type, self.flatten, self.batch_dim = call.layer_type, call.flatten, call.batch_dim
         #: How many of the input's last dimensions belong to one row, where the function acts on rows.
-        self.keep = 1 if call.layer_type is nn.Linear else 0
+        self.row_dims = 1 if call.layer_type is nn.Linear else 0
         # Only our own samplers know of further activations; a user's gets the layer's inputs, as promised.
         own = getattr(sampler.grad, "__module__", "").startswith("grad_samplers.")
-        self.kept = KEPT.get(call.layer_type) if own else None
+        self.with_statistics = KEPT.get(call.layer_type) if own else None
         self.aside = _aside(call, targets)
 
 
@@ -213,18 +213,18 @@ def _arranged(active: Pass, template: Template, x: Tensor, layout: Layout | Rows
 
 def _run(use: LayerUse, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor) -> Tensor:
     """The function on plain tensors, its output tapped; on flattened rows where it acts on every row alike."""
-    keep = use.template.keep
-    if use.template.kept is not None and _takes_kept(x, use.out_layout):
+    row_dims, with_statistics = use.template.row_dims, use.template.with_statistics
+    if with_statistics is not None and _takes_kept(x, use.out_layout):
         layer = use.template.layer
         plain = [None if p is None else p.detach() for p in (layer.weight, layer.bias)]
-        y, *further = use.template.kept(layer, x, *plain)
+        y, *further = with_statistics(layer, x, *plain)
         use.layouts = use.layouts * (1 + len(further))
         return Tap.apply(y, use.tape.anchor, use, False, x, *further)
-    if not use.template.flatten or (keep and x.dim() <= 2):
+    if not use.template.flatten or (row_dims and x.dim() <= 2):
         y = func(*[plain_value(a) for a in args], **{k: plain_value(v) for k, v in kwargs.items()})
         return Tap.apply(y, use.tape.anchor, use, not use.template.flatten and y._is_view(), x)
-    use.lead = x.shape[: x.dim() - keep]
-    rows = x.reshape(-1, *x.shape[x.dim() - keep :])
+    use.lead = x.shape[: x.dim() - row_dims]
+    rows = x.reshape(-1, *x.shape[x.dim() - row_dims :])
     positional = [rows if a is x else plain_value(a) for a in args]
     y = func(*positional, **{k: rows if v is x else plain_value(v) for k, v in kwargs.items()})
     return Tap.apply(y, use.tape.anchor, use, False, rows).view(*use.lead, y.shape[-1])

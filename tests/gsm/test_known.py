@@ -195,15 +195,31 @@ def test_the_statistics_of_half_precision_are_computed_again_in_full() -> None:
         torch.testing.assert_close(layer.weight.grad_sample[i].double(), expected, rtol=2e-2, atol=2e-2)
 
 
-def test_a_users_sampler_gets_the_layers_inputs_and_nothing_else() -> None:
+class CallsLayerNorm(nn.Module):
+    """Its own parameters, used by the function of a layer: the layer's sampler reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (4,), self.weight, self.bias)
+
+
+@pytest.mark.parametrize("model", [nn.LayerNorm(4), CallsLayerNorm()], ids=["layer", "function"])
+def test_a_users_sampler_gets_the_layers_inputs_and_nothing_else(model: nn.Module) -> None:
+    """Ours also get the statistics that the forward computed: a sampler written to the contract knows no such thing."""
     before = registry._SAMPLERS[nn.LayerNorm]
+    numbers = []
     try:
 
         @grad_samplers.register_grad_sampler(nn.LayerNorm)
         def own(layer: Any, activations: list[Tensor], backprops: Tensor) -> dict:
-            (x,) = activations
-            return {layer.weight: F.layer_norm(x, layer.normalized_shape) * backprops, layer.bias: backprops}
+            numbers.append(len(activations))
+            normal = F.layer_norm(activations[0], layer.normalized_shape)
+            return {layer.weight: normal * backprops, layer.bias: backprops}
 
-        check(nn.LayerNorm(4), torch.randn(3, 4))
+        check(model, torch.randn(3, 4))
     finally:
         registry._SAMPLERS[nn.LayerNorm] = before
+    assert set(numbers) == {1}
