@@ -4,6 +4,7 @@ Drawing from a block cipher is not only cryptographic, it is the fastest generat
 gives a 32-bit word in 0.6 ns, and Box-Muller over blocks that stay in the cache a deviate in 3 ns in all, where torch's
 own `normal_` takes 4 to 6. All work is done in large vectorised operations from one Python thread: torch shares each of
 them out to its own threads, while several Python threads would wait for each other's interpreter lock (6.8 ns on two).
+A second Python thread for half of the keystream alone is no gain either (2.5 for 2.3): torch's threads are in its way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 #: Entries that one run of keystream stands for: first the words of their radii, then those of their angles.
 CHUNK = 1 << 15
@@ -107,22 +109,32 @@ def _scratch(dtype: torch.dtype) -> _Scratch:
 
 
 def in_blocks(tensors: Sequence[Tensor], size: int) -> Iterator[tuple[list[Tensor], int]]:
-    """Goes through the entries of ``tensors`` in order, ``size`` at a time (the last time fewer): yields flat slices,
-    to be changed in place, and how many entries they have together."""
-    dense = [(t, t if t.is_contiguous() else t.contiguous()) for t in tensors if t.numel()]
+    """Goes through the entries of ``tensors`` in order, ``size`` at a time (the last time fewer): yields what lies in a
+    block, to be changed in place (whole tensors as they are, parts of one as flat slices), and its entries' number."""
+    strided = [(t, t.contiguous()) for t in tensors if not t.is_contiguous()]
+    copies = {id(t): copy for t, copy in strided}
     parts: list[Tensor] = []
     room = size
-    for _, t in dense:
-        flat, start, entries = t.view(-1), 0, t.numel()
+    for t in tensors:
+        entries = t.numel()
+        if 0 < entries < room:  # nearly always: no view of a small tensor is made
+            parts.append(copies.get(id(t), t))
+            room -= entries
+            continue
+        flat, start = copies.get(id(t), t).view(-1), 0
         while start < entries:
             n = min(room, entries - start)
-            parts.append(flat if n == entries else flat[start : start + n])
+            parts.append(flat[start : start + n])
             start, room = start + n, room - n
             if room == 0:
                 yield parts, size
                 parts, room = [], size
     if parts:
         yield parts, size - room
-    for t, copy in dense:
-        if copy is not t:
-            t.copy_(copy)
+    for t, copy in strided:
+        t.copy_(copy)
+
+
+def shaped(entries: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The numbers of one block, in views with the shapes of its parts."""
+    return _unflatten_dense_tensors(entries, parts)

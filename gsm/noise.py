@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gsm.keystream import NormalStream, block, in_blocks
+from gsm.keystream import NormalStream, block, in_blocks, shaped
 
 #: Up to so many entries come straight from torch's generator.
 FEW = 1 << 15
@@ -64,7 +64,7 @@ class GaussianNoise:
         if std == 0 or not tensors:
             return
         check_dtypes(tensors)
-        host = [t for t in tensors if t.device.type == "cpu"]
+        host = [t for t in tensors if t.is_cpu]
         if len(host) == len(tensors) and sum(t.numel() for t in host) <= FEW and self._draws_itself():
             return self._add_few(host, std)
         for dtype in (torch.float32, torch.float64):
@@ -72,8 +72,8 @@ class GaussianNoise:
             if own:
                 stream = NormalStream(self._key(), dtype, std)
                 for parts, entries in in_blocks(own, block(dtype)):
-                    torch._foreach_add_(parts, stream.draw(entries).split([p.numel() for p in parts]))
-        for device in dict.fromkeys(t.device for t in tensors if t.device.type != "cpu"):
+                    torch._foreach_add_(parts, shaped(stream.draw(entries), parts))
+        for device in dict.fromkeys(t.device for t in tensors if not t.is_cpu):
             generator = torch.Generator(device).manual_seed(int.from_bytes(self._key()[:8], "little") >> 1)
             for t in tensors:
                 if t.device == device:
@@ -100,6 +100,6 @@ class GaussianNoise:
 
 def check_dtypes(tensors: Sequence[Tensor]) -> None:
     """Raises TypeError for sums in low precision: their rounding would undo what the noise hides."""
-    for t in tensors:
-        if t.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"Noise is added in float32 or float64, got a sum in {t.dtype}: sum in float32 or better.")
+    low = {t.dtype for t in tensors} - {torch.float32, torch.float64}
+    if low:
+        raise TypeError(f"Noise is added in float32 or float64, got a sum in {low.pop()}: sum in float32 or better.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gsm.keystream import NormalStream, block, in_blocks
+from gsm.keystream import NormalStream, block, in_blocks, shaped
 from gsm.noise import check_dtypes
 
 # The grid is this much finer than the sensitivity, all coordinates together; the noise is enlarged by as much.
@@ -60,9 +60,11 @@ class SecureNoise:
         scaled = std * (1 + _SLACK) / grid
         host = [t.cpu() for t in tensors]
         stream = NormalStream(os.urandom(16), torch.float64, scaled)
+        size = block(torch.float64)
+        room = torch.empty(min(size, entries), dtype=torch.float64)
         for dtype in (torch.float32, torch.float64):
-            for parts, n in in_blocks([t for t in host if t.dtype == dtype], block(torch.float64)):
-                _add_on_grid(parts, stream.draw(n).round_(), grid)
+            for parts, n in in_blocks([t for t in host if t.dtype == dtype], size):
+                _add_on_grid(parts, stream.draw(n).round_(), grid, room)
         for t, there in zip(tensors, host, strict=True):
             if there is not t:
                 t.copy_(there)
@@ -76,11 +78,10 @@ def grid_for(std: float, sensitivity: float, entries: int) -> float:
     return 2.0 ** math.floor(math.log2(_SLACK * min(std, sensitivity) / math.sqrt(entries)))
 
 
-def _add_on_grid(parts: list[Tensor], noise: Tensor, grid: float) -> None:
-    """``parts`` become ``grid * (rint(part / grid) + noise)``; ``noise`` holds integers in float64."""
-    drawn = noise.split([p.numel() for p in parts])
-    torch._foreach_mul_(parts, 1.0 / grid)  # exact in any float type: grid is a power of two
-    torch._foreach_round_(parts)
-    torch._foreach_add_(drawn, parts)
-    for part, steps in zip(parts, drawn, strict=True):
-        torch.mul(steps, grid, out=part)
+def _add_on_grid(parts: list[Tensor], noise: Tensor, grid: float, room: Tensor) -> None:
+    """``parts`` become ``grid * (rint(part / grid) + noise)``; ``noise`` holds integers in float64, as ``room`` may."""
+    steps = room[: len(noise)]
+    here = shaped(steps, parts)
+    torch._foreach_copy_(here, parts)
+    steps.mul_(1.0 / grid).round_().add_(noise).mul_(grid)  # all but the rounding is exact: grid is a power of two
+    torch._foreach_copy_(parts, here)

@@ -103,7 +103,7 @@ def test_blocks_cover_every_entry_once_in_order(shapes, size, flip):
     for parts, n in in_blocks(tensors, size):
         assert n == sum(p.numel() for p in parts) <= size
         for p in parts:
-            p.copy_(torch.arange(seen + 1, seen + 1 + p.numel()))
+            p.copy_(torch.arange(seen + 1, seen + 1 + p.numel()).view(p.shape))
             seen += p.numel()
     assert seen == entries
     found = torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.zeros(0)
