@@ -17,7 +17,7 @@ from benchmarks.columns import BASE, COLUMNS, DEFAULT_COLUMNS
 from benchmarks.timing import CLOCKS, time_columns
 from benchmarks.workloads import WORKLOADS
 
-PARTS = ("time", "memory", "growth", "subtrees", "agreement")
+PARTS = ("time", "memory", "live", "growth", "subtrees", "agreement")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +53,8 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object] = 
     timed = {"size": size, "pairs": options.pairs or (3 if options.quick else 7), "clock": options.clock, **place}
     timed |= {"warmup": 1, "budget": 1.0} if options.quick else {}
     changes = {} if options.batch is None else {"batch": options.batch}
+    # CUDA's allocator counts what is live anyway.
+    memory_parts = [p for p in ("memory", "live") if p in options.parts and (p == "memory" or options.device == "cpu")]
     results: dict[str, Any] = {
         "environment": report.environment(options.threads, options.device),
         "options": {"size": size, "clock": options.clock, "dtype": options.dtype, "pairs": timed["pairs"], **changes},
@@ -71,13 +73,14 @@ def run(options: argparse.Namespace, keep: Callable[[dict[str, Any]], object] = 
         print(f"{time.strftime('%H:%M:%S')} {row.title}", file=sys.stderr, flush=True)
         if "time" in options.parts:
             collect("time", time_columns(row, private, **timed, **changes))
-        if "memory" in options.parts and not options.quick:
-            collect("memory", memory.measure_columns(row.name, [BASE, *private], **place, **changes))
+        for part in memory_parts if not options.quick else ():
+            found = memory.measure_columns(row.name, [BASE, *private], live=part == "live", **place, **changes)
+            collect(part, found)
         if "agreement" in options.parts:
             collect("agreement", agreement.compare(row, private))
         keep(results)
-    if "memory" in options.parts and options.quick:
-        collect("memory", memory.measure_columns("mlp16", [BASE, *private[:3]], **place))
+    for part in memory_parts if options.quick else ():
+        collect(part, memory.measure_columns("mlp16", [BASE, *private[:3]], live=part == "live", **place))
     if "growth" in options.parts:
         print(f"{time.strftime('%H:%M:%S')} growth", file=sys.stderr, flush=True)
         collect("growth", growth.measure([c for c in growth.COLUMNS if c in private], quick=options.quick, **timed))

@@ -4,10 +4,15 @@ On a CPU: the highest resident set size of the process during three steps (`VmHW
 `ru_maxrss` means but does not inherit the parent's), minus its size after imports and one step of the same column on
 the small problem, which pulls in whatever is loaded late. So the figure counts parameters, activations, gradients and
 whatever the allocator does not give back, and not the interpreter. On CUDA: the allocator's own peak.
+
+How much the C allocator does not give back depends on the order in which tensors come and go more than on their size.
+With ``live=True`` it is told to return every tensor from 64 KiB on as soon as it is freed, so that the figure is what
+is in use at the same time.
 """
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import resource
 from collections.abc import Sequence
@@ -23,6 +28,7 @@ from benchmarks.timing import reason
 from benchmarks.workloads import WORKLOADS
 
 STEPS = 3
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt: from this size on an allocation is a mapping of its own
 PRELOAD = ["torch", "torch.func", "opacus", "opacus.validators", "gsm.optimizer", "gsm.wrapper", "benchmarks.memory"]
 
 
@@ -50,11 +56,21 @@ def resident() -> tuple[int, int]:
         return peak, peak
 
 
+def return_at_once() -> bool:
+    """Makes the C allocator give large allocations back when they are freed; False where it cannot be told to."""
+    try:
+        return bool(ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16))
+    except (OSError, AttributeError):  # another C library than glibc
+        return False
+
+
 def measure(
-    workload: str, column: str, size: str, device: str, dtype: str, threads: int, changes: dict[str, Any]
+    workload: str, column: str, size: str, device: str, dtype: str, threads: int, live: bool, changes: dict[str, Any]
 ) -> Memory:
     """Runs in the fresh process."""
     torch.set_num_threads(threads)
+    if live and not return_at_once():
+        return Memory(workload, column, failure="the C library's allocator cannot be told to return memory at once")
     row = WORKLOADS[workload]
     try:
         make(column, row.problem("quick", device=device, dtype=dtype)).step()
@@ -78,6 +94,7 @@ def measure_columns(
     size: str = "full",
     device: str = "cpu",
     dtype: str = "float32",
+    live: bool = False,
     **changes: Any,
 ) -> list[Memory]:
     """Peak memory of each column on one workload, each measured in a fresh process."""
@@ -86,7 +103,7 @@ def measure_columns(
     out = []
     for column in columns:
         with ProcessPoolExecutor(1, mp_context=context) as pool:
-            job = pool.submit(measure, workload, column, size, device, dtype, torch.get_num_threads(), changes)
+            job = pool.submit(measure, workload, column, size, device, dtype, torch.get_num_threads(), live, changes)
             try:
                 out.append(job.result())
             except BrokenProcessPool:

@@ -108,8 +108,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     print(
         show(
-            options.workload, options.column, size=options.size, repeats=options.repeats, top=options.top,
-            device=options.device, dtype=options.dtype, clock=options.clock,
+            options.workload,
+            options.column,
+            size=options.size,
+            repeats=options.repeats,
+            top=options.top,
+            device=options.device,
+            dtype=options.dtype,
+            clock=options.clock,
         )  # fmt: skip
     )
 

@@ -152,6 +152,8 @@ def render(results: Row) -> str:
         parts += ["### Time per step, relative to the non-private step", time_table(rows)]
     if rows := results.get("memory"):
         parts += ["### Peak memory, relative to the non-private step", memory_table(rows)]
+    if rows := results.get("live"):
+        parts += ["### Peak of what is live, relative to the non-private step", memory_table(rows)]
     if rows := results.get("growth"):
         parts += ["### Growth: transformer classifier, one size changed at a time", growth_table(rows)]
     if rows := results.get("subtrees"):
@@ -160,7 +162,7 @@ def render(results: Row) -> str:
     if rows := results.get("agreement"):
         parts += ["### Agreement", agreement_text(rows)]
     timed = [*results.get("time", []), *results.get("growth", []), *results.get("subtrees", [])]
-    broken = failures([*timed, *results.get("memory", []), *results.get("agreement", [])])
+    broken = failures([*timed, *results.get("memory", []), *results.get("live", []), *results.get("agreement", [])])
     return "\n\n".join([*parts, *(["### What fails, and why", broken] if broken else [])])
 
 

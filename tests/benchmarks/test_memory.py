@@ -16,6 +16,12 @@ def test_the_batch_can_be_changed():
     assert large > 3 * small
 
 
+def test_what_is_live_is_at_most_what_is_resident():
+    (resident,), (live,) = (memory.measure_columns("mnist", ["gsm hooks"], live=own) for own in (False, True))
+    if live.failure is None:  # glibc
+        assert 0 < live.peak < 1.05 * resident.peak
+
+
 def test_the_present_size_is_at_most_the_peak():
     peak, now = memory.resident()
     assert 0 < now <= peak
