@@ -116,7 +116,7 @@ def main() -> None:
             device=options.device,
             dtype=options.dtype,
             clock=options.clock,
-        )  # fmt: skip
+        )
     )
 
 
