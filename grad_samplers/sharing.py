@@ -51,6 +51,11 @@ class Rows:
         return Rows(*capture_rows(layer, list(activations), backprops))
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Their positions in a row. One part stays itself: a copy of a language model's output gradient takes a while."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def shared_squared_norms(uses: Sequence[Outer | Rows]) -> Tensor:
     """Squared norms `[B]` of the sum of all uses of one matrix.
 
@@ -61,12 +66,12 @@ def shared_squared_norms(uses: Sequence[Outer | Rows]) -> Tensor:
     rows = [u for u in uses if isinstance(u, Rows)]
     parts: list[Tensor] = []
     if outer:
-        u = torch.cat([x.rows for x in outer], dim=1)
-        h = torch.cat([x.columns for x in outer], dim=1)
+        u = _joined([x.rows for x in outer])
+        h = _joined([x.columns for x in outer])
         parts.append(outer_norms(u, h).square())
     if rows:
-        ids = torch.cat([x.ids for x in rows], dim=1)
-        e = torch.cat([x.gradients for x in rows], dim=1)
+        ids = _joined([x.ids for x in rows])
+        e = _joined([x.gradients for x in rows])
         summed = sum_rows(slots(ids), e, ids.shape[1])
         parts.append(torch.linalg.vector_norm(summed, dim=(1, 2)).square())
     if len(parts) == 1:
