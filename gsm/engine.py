@@ -234,8 +234,9 @@ class PrivacyEngine:
         """A seeded run that resumes must repeat neither its noise nor its batches."""
         for sampler in self._samplers:
             sampler.refresh()
-        if isinstance(optimizer, preparation.DPOptimizer):
-            optimizer.noise.refresh()
+        for each in (*self._optimizers, optimizer):
+            if isinstance(each, preparation.DPOptimizer):
+                each.noise.refresh()
 
     def keep_journal(self, path: Any) -> None:
         """Writes every charge to ``path`` before its noise is drawn, and counts what an earlier, crashed run wrote.

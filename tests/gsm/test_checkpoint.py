@@ -115,6 +115,17 @@ def test_neither_noise_nor_batches_are_replayed_after_a_resume(tmp_path):
     assert drawn[0] != drawn[1] and drawn[2] not in drawn[:2]
 
 
+def test_noise_is_not_replayed_where_the_optimizer_was_left_out_of_the_loading(tmp_path):
+    Session().save(tmp_path / "a.pt")
+    noise = []
+    for _ in range(2):
+        session = Session()
+        session.engine.load_checkpoint(path=tmp_path / "a.pt", module=session.model)
+        noise.append(torch.zeros(5))
+        session.optimizer.noise.add_([noise[-1]], 1.0, 1.0)
+    assert not torch.equal(*noise)
+
+
 def test_parts_made_private_after_loading_are_not_replayed_either(tmp_path):
     Session().train(2).save(tmp_path / "a.pt")
     engine = PrivacyEngine(accountant="rdp")
