@@ -76,7 +76,20 @@ def norms_of_products(*factors: Tensor) -> Tensor:
         if start:
             part = part.add_(product[:, :, :start].sum((1, 2)), alpha=2)
         squared = part if squared is None else squared + part
-    magnitude = functools.reduce(torch.mul, magnitudes)
+    return _root(squared, functools.reduce(torch.mul, magnitudes))
+
+
+def norms_of_grams(first: Tensor, second: Tensor) -> Tensor:
+    """Norms `[B]` of `sum_t u_t (x) v_t` from the Gram matrices of u and v, `[B, T, T]` (the first is overwritten).
+
+    The same as :func:`norms_of_products`, where the Gram matrices are had in another way than by a product.
+    """
+    magnitude = first.diagonal(dim1=1, dim2=2).sum(1) * second.diagonal(dim1=1, dim2=2).sum(1)
+    return _root(first.mul_(second).sum((1, 2)), magnitude)
+
+
+def _root(squared: Tensor, magnitude: Tensor) -> Tensor:
+    """The square root, with the rounding on top where the terms of the sum cancel (`magnitude`: the sum of squares)."""
     margin = 4 * torch.finfo(squared.dtype).eps * magnitude
     return torch.where(squared < 1e-4 * magnitude, squared.clamp(min=0) + margin, squared).sqrt()
 

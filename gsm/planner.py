@@ -20,10 +20,15 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from grad_samplers.conv import CONV_TRANSPOSE, CONVOLUTIONS
+from grad_samplers.conv_capture import convolution
+from grad_samplers.conv_norms import costs
 from gsm.contributions import Record
 
 FLOPS_PER_SECOND = 140e9
 BYTES_PER_SECOND = 33e9
+#: Every sample's weight gradient of a convolution, in times of the batch's (1.05 to 3, by shape).
+CONV_GRADIENTS = 1.7
 
 
 @dataclass
@@ -110,6 +115,8 @@ def measure(record: Record) -> Choice:
     if record.sampler.cls is nn.Linear:
         pair_seconds = _linear_pair_seconds(record, batch)
         return Choice(kept_bytes, pair_bytes, kept_seconds, pair_seconds)
+    if record.sampler.cls in CONVOLUTIONS:
+        return _conv_choice(record, kept_bytes, pair_bytes, batch)
     # Elsewhere the norm of a pair is that of its materialised gradient: the layer's own work is done twice.
     kernel = entries / max(record.backprops.shape[1], 1) if again and record.backprops.dim() > 1 else 1.0
     pair_seconds = 2 * again * kernel / FLOPS_PER_SECOND + kept_seconds + pair_bytes / BYTES_PER_SECOND
@@ -123,3 +130,16 @@ def _linear_pair_seconds(record: Record, batch: int) -> float:
     if t <= 1:
         return 2 * (p + d) * 4 / BYTES_PER_SECOND
     return 2 * t * min(t * (d + p), d * p) / FLOPS_PER_SECOND + 4 * (p + d) * t / BYTES_PER_SECOND
+
+
+def _conv_choice(record: Record, kept_bytes: float, pair_bytes: float, batch: int) -> Choice:
+    """Kept gradients cost what making them costs more than the batch's; a pair the cheapest way to its norm."""
+    captured = convolution(
+        record.layer, record.activations, record.backprops, transposed=record.sampler.cls in CONV_TRANSPOSE
+    )
+    seconds = {way: 2 * n * len(captured.x) / batch / FLOPS_PER_SECOND for way, n in costs(captured).items()}
+    passes = 2 * kept_bytes / BYTES_PER_SECOND
+    made = seconds.pop("gradient")
+    norms = min([CONV_GRADIENTS * made + passes, *seconds.values()])
+    kept_seconds = (CONV_GRADIENTS - 1) * made + passes
+    return Choice(kept_bytes, pair_bytes, kept_seconds, norms + pair_bytes / BYTES_PER_SECOND)

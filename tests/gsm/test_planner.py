@@ -46,6 +46,23 @@ def test_the_budget_decides_what_is_kept_in_mode_auto() -> None:
     assert kept == {p[0] for p in free} & {"1.weight", "3.weight"}
 
 
+def convolutions(mode: str, budget: int | None) -> GradSampleModule:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 128, 3, stride=4), nn.Conv2d(128, 128, 3))
+    wrapped = GradSampleModule(model, mode=mode, memory_budget=budget)
+    for _ in range(2):
+        wrapped.zero_grad()
+        wrapped(torch.randn(8, 3, 32, 32)).sum().backward()
+    return wrapped
+
+
+def test_a_convolution_is_kept_as_what_makes_its_norm_cheap() -> None:
+    """Few positions and many channels: Gram matrices. Many positions and few channels: the gradient."""
+    plan = convolutions("auto", 1 << 30).plan
+    assert plan["0.weight"].reading == "gradients kept"
+    assert plan["2.weight"].reading == "norm from the pair"
+
+
 def test_every_choice_gives_the_same_norms_and_sums() -> None:
     results = []
     for mode, budget in (("ghost", None), ("auto", None), ("auto", 0), ("auto", 1 << 30), ("hooks", None)):
