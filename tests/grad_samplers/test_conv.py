@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import grad_samplers
-from grad_samplers import conv, conv_capture, conv_norms
+from grad_samplers import conv
 from tests.grad_samplers.check import check
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -84,58 +84,6 @@ def test_transposed_with_output_size():
         torch.testing.assert_close(found[i], expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.fixture
-def no_small_shortcut(monkeypatch):
-    """Choose by the number of operations however small the layer is."""
-    monkeypatch.setattr("grad_samplers.linear.SMALL", 0)
-
-
-@pytest.mark.parametrize("way", ["gradient", "windows", "pixels"])
-def test_every_way_to_the_norm(way, no_small_shortcut):
-    """Each gives the loop's norms, for all options; which one is taken is a matter of time alone."""
-
-    @settings(max_examples=60)
-    @given(options(), st.data())
-    def compare(drawn, data):
-        rank, kwargs = drawn
-        assume(kwargs["groups"] == 1)
-        padding = per_dim(data.draw, rank, 0, 2)
-        spans = [d * (k - 1) + 1 for k, d in zip(kwargs["kernel_size"], kwargs["dilation"], strict=True)]
-        transposed = data.draw(st.booleans())
-        size = [span + data.draw(st.integers(0, 4)) for span in spans]
-        layer = (TRANSPOSE if transposed else CONV)[rank](**kwargs, padding=padding)
-        lengths = zip(size, layer.stride, spans, padding, strict=True)
-        assume(not transposed or all((n - 1) * s + span - 2 * p > 0 for n, s, span, p in lengths))
-        check(layer, torch.randn(data.draw(st.integers(1, 3)), layer.in_channels, *size, dtype=torch.float64))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "cheapest", lambda captured: way)
-        compare()
-
-
-def way_of(layer, *size, batch=32):
-    x = torch.randn(batch, layer.in_channels, *size)
-    return conv_norms.cheapest(conv_capture.convolution(layer, [x], layer(x).detach(), transposed=False))
-
-
-def test_the_way_that_was_the_fastest_is_taken():
-    assert way_of(nn.Conv2d(128, 128, 3, padding=1), 8, 8) == "pixels"
-    assert way_of(nn.Conv1d(128, 100, 5, padding=2), 128) == "pixels"
-    assert way_of(nn.Conv2d(3, 512, 14, stride=14), 112, 112, batch=4) == "windows"  # many pixels, few positions
-    assert way_of(nn.Conv2d(32, 32, 3, padding=1), 32, 32, batch=4) == "gradient"
-    assert way_of(nn.Conv3d(32, 32, 3, padding=1), 6, 6, 6, batch=4) == "gradient"
-    assert way_of(nn.Conv2d(256, 256, 3, padding=1, groups=2), 4, 4) == "gradient"  # no formula for groups
-    assert way_of(nn.Conv2d(64, 64, 3, padding=1), 4, 4, batch=1) == "gradient"  # too small for anything else
-
-
-def test_a_kernel_that_reaches_beyond_the_input_on_both_sides():
-    """Some entries of the kernel see nothing but padding, at every position."""
-    layer = nn.Conv2d(2, 3, 5, padding=4, dilation=2, stride=3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conv, "cheapest", lambda captured: "pixels")
-        check(layer, torch.randn(3, 2, 1, 2, dtype=torch.float64))
-
-
 def test_both_ways_to_the_gradient(monkeypatch):
     """The unfolded input and the folded convolution give the same, for every option that both cover."""
     for _ in range(2):
@@ -150,10 +98,6 @@ def test_the_norm_in_chunks_of_samples(monkeypatch):
     monkeypatch.setattr("grad_samplers.tensors.CPU_CHUNK_NUMEL", 400)
     check(nn.Conv2d(3, 4, 3), torch.randn(5, 3, 8, 8, dtype=torch.float64))
     check(nn.Conv2d(8, 9, 3), torch.randn(5, 8, 3, 4, dtype=torch.float64))
-
-
-def test_ghost_norm_of_a_transposed_convolution():
-    check(nn.ConvTranspose2d(16, 24, 3, stride=2, padding=1), torch.randn(3, 16, 2, 2, dtype=torch.float64))
 
 
 def test_non_contiguous_and_channels_last():
