@@ -70,8 +70,8 @@ class GroupView:
     """A group seen through one optimizer's parameters (:class:`gsm.ledger.PerSampleGradients`)."""
 
     def __init__(self, group: Group, params: Sequence[nn.Parameter]):
-        self.group, self.params, self.batch_size = group, list(params), group.batch_size
-
+        self.params, self.batch_size, self._scale = list(params), group.batch_size, group.scale
+        self._held: list[Sequence[Contribution]] = [group.contributions.get(id(p), ()) for p in self.params]
         self._stacks: list[tuple[list[Record], LinearStack]] | None = None
 
     def squared_norms(self) -> Tensor:
@@ -80,8 +80,7 @@ class GroupView:
             for record, w, b in zip(records, weight.unbind(0), bias.unbind(0), strict=True):
                 record.known_norms({record.layer.weight: w, record.layer.bias: b})
         rows: list[Tensor | None] = []
-        for p in self.params:
-            held = self.group.contributions.get(id(p))
+        for held in self._held:
             if not held:
                 rows.append(None)
             elif len(held) == 1:
@@ -89,21 +88,25 @@ class GroupView:
             else:
                 shared = shared_squared_norms(held)
                 rows.append(shared.sqrt() if shared is not None else norm(_total(held)))
-        return stack_rows(rows, self.params, self.batch_size).mul_(self.group.scale).square_()
+        return stack_rows(rows, self.params, self.batch_size).mul_(self._scale).square_()
 
-    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
-        weights = weights * self.group.scale
+    def weighted_sum(self, weights: Tensor, *, last: bool = False) -> list[Tensor]:
+        weights = weights * self._scale
         # A silenced sample (weight 0) may hold infinities, and 0 * inf is NaN: its rows are left out of the sum.
         silenced = bool((weights == 0).any())
         answers = {} if weights.dim() == 2 else self._answered(weights, silenced)
+        if last:
+            self._stacks = []
         out = []
         for i, p in enumerate(self.params):
             own, rows = _rows(weights[i] if weights.dim() == 2 else weights, silenced)
             total: Tensor | None = None
-            for c in self.group.contributions.get(id(p), ()):
+            for c in self._held[i]:
                 piece = _weighted(c, own, rows, None if weights.dim() == 2 else answers)
                 total = piece if total is None else total + piece
             out.append(zeros_for(p) if total is None else total)
+            if last:
+                self._held[i] = ()
         return out
 
     def _answered(self, weights: Tensor, silenced: bool) -> dict[int, dict]:
@@ -119,8 +122,8 @@ class GroupView:
         """The records of small linear layers of one shape."""
         if self._stacks is None:
             found: dict[Any, dict[int, Record]] = {}
-            for p in self.params:
-                for c in self.group.contributions.get(id(p), ()):
+            for held in self._held:
+                for c in held:
                     r = c.record if isinstance(c, Paired) else None
                     if r is not None and r.sampler.cls is nn.Linear and stackable(r.activations[0], r.backprops):
                         key = r.activations[0].shape, r.backprops.shape, r.backprops.dtype, r.backprops.device
@@ -151,7 +154,7 @@ def _weighted(c: Contribution, weights: Tensor, rows: Tensor | None, answers: di
     return answers[id(record)][c.parameter]
 
 
-def _total(held: list[Contribution]) -> Tensor:
+def _total(held: Sequence[Contribution]) -> Tensor:
     total = held[0].gradient()
     for c in held[1:]:
         total = total + c.gradient()

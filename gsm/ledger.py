@@ -32,10 +32,11 @@ class PerSampleGradients(Protocol):
     def squared_norms(self) -> Tensor:
         """Squared l2 norm of every sample's gradient, ``[len(params), batch]``, float32 or better."""
 
-    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+    def weighted_sum(self, weights: Tensor, *, last: bool = False) -> list[Tensor]:
         """``sum_i weights[i] * grad_i`` per parameter; ``weights`` is ``[batch]`` or ``[len(params), batch]``.
 
-        A weight of 0 silences a sample even if its gradient is not finite (and 0 * inf would be NaN).
+        A weight of 0 silences a sample even if its gradient is not finite (and 0 * inf would be NaN). ``last``: nothing
+        is asked afterwards, so that what was captured for a parameter can go as soon as its sum is there.
         """
 
 
@@ -49,7 +50,7 @@ class Materialised:
         rows = [norm(g) if g is not None else None for g in self.grads]
         return stack_rows(rows, self.params, self.batch_size).square_()
 
-    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+    def weighted_sum(self, weights: Tensor, *, last: bool = False) -> list[Tensor]:
         silenced = bool((weights == 0).any())
         out = []
         for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
@@ -82,11 +83,11 @@ class Joint:
             out[places] = piece
         return out
 
-    def weighted_sum(self, weights: Tensor) -> list[Tensor]:
+    def weighted_sum(self, weights: Tensor, *, last: bool = False) -> list[Tensor]:
         out: list[Tensor | None] = [None] * len(self.params)
         for places, part in zip(self._places, self.parts, strict=True):
             own = weights[places] if weights.dim() == 2 else weights
-            for i, total in zip(places, part.weighted_sum(own), strict=True):
+            for i, total in zip(places, part.weighted_sum(own, last=last), strict=True):
                 out[i] = total
         return [t if t is not None else zeros_for(p) for t, p in zip(out, self.params, strict=True)]
 

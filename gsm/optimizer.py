@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from gsm import ledger
-from gsm.clipping import AutomaticClipping, Clipped, Clipping, FlatClipping, PerLayerClipping
+from gsm.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
 from gsm.clipping_adaptive import AdaptiveClipping
 from gsm.clipping_user import UserClipping
 from gsm.loss_check import check_entries
@@ -159,26 +159,27 @@ class DPOptimizer(OptimizerInterface):
         if tape is not None and tape.more_rows and not isinstance(self.clipping, UserClipping):
             rows, records = tape.more_rows
             self._warn_once(MORE_ROWS.format(rows=rows, records=records))
-        results = [self._clip(batch) for batch in batches]
-        self._pending.check(results[0][0])
+        with torch.no_grad():
+            clipped = [self.clipping.clip(batch) for batch in batches]
+        self._pending.check(clipped[0])
         # From here on the gradients count as used, whatever happens: they can never enter a second sum.
         self._mark_used(params)
-        for batch, (clipped, sums) in zip(batches, results, strict=True):
-            self._pending.add(batch.params, sums, clipped)
+        sums = [self._sum(batch, each.weights) for batch, each in zip(batches, clipped, strict=True)]
+        for batch, each, total in zip(batches, clipped, sums, strict=True):
+            self._pending.add(batch.params, total, each)
             self._pending.joins = False
         if self._pending.samples > max(1, len(batches)) and self.independent_batches:
             self._warn_once(OVERLAPPING)
         self._iterations = len(batches)
-        for p, total in self._pending.sums.items():
-            p.summed_grad = total  # type: ignore[attr-defined]
+        for p, pending in self._pending.sums.items():
+            p.summed_grad = pending  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def _clip(self, batch: ledger.PerSampleGradients) -> tuple[Clipped, list[Tensor]]:
-        clipped = self.clipping.clip(batch)
-        sums = batch.weighted_sum(clipped.weights)
-        if bool((clipped.weights == 0).any()):
-            check_finite(self, batch.params, sums, clipped.weights)
-        return clipped, sums
+    def _sum(self, batch: ledger.PerSampleGradients, weights: Tensor) -> list[Tensor]:
+        sums = batch.weighted_sum(weights, last=True)
+        if bool((weights == 0).any()):
+            check_finite(self, batch.params, sums, weights)
+        return sums
 
     def virtual_step(self, *, loss: Tensor | None = None) -> None:
         """Clips this physical batch and adds it to the pending sum; releases nothing, charges nothing.

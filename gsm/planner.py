@@ -89,7 +89,8 @@ class Planner:
         )
         for c in self.choices.values():
             c.keep = c.extra_bytes <= 0
-        worth = [c for c in self.choices.values() if c.extra_bytes > 0 and c.saved_seconds > 0]
+        # Of equal layers those that a backward reaches last: by then it has freed the most.
+        worth = [c for c in reversed(self.choices.values()) if c.extra_bytes > 0 and c.saved_seconds > 0]
         for c in sorted(worth, key=lambda c: c.saved_seconds / c.extra_bytes, reverse=True):
             if kept + c.extra_bytes <= budget:
                 c.keep = True

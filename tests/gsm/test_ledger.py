@@ -1,9 +1,12 @@
 """What lies on the parameters is one batch after the other, or an error."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
+from gsm.contributions import Paired
 from gsm.ledger import Joint, Materialised, collect, discard, norm, stack_rows, weighted
 from gsm.wrapper import GradSampleModule
 
@@ -37,6 +40,23 @@ def test_two_models_that_saw_different_numbers_of_backwards_are_refused():
         collect(params)
     discard(params)
     assert collect(params) == []
+
+
+@pytest.mark.parametrize("deep", [False, True], ids=["vectors", "positions"])
+def test_what_was_captured_goes_as_soon_as_it_is_summed(deep):
+    """At the end of a large model's backward the captured pairs are what fills the memory; the sums come on top."""
+    layers = [nn.Linear(64, 64) for _ in range(3)]  # vectors: small and of one shape, so also read together
+    model = GradSampleModule(nn.Sequential(*layers), mode="ghost")
+    model(torch.randn(3, 2, 64) if deep else torch.randn(3, 64)).pow(2).sum().backward()
+    params = list(model.parameters())
+    (batch,) = collect(params)
+    held = [weakref.ref(c.record.backprops) for own in batch._held for c in own if isinstance(c, Paired)]
+    expected = batch.weighted_sum(torch.ones(3))
+    discard(params)
+    assert held and all(ref() is not None for ref in held)
+    found = batch.weighted_sum(torch.ones(3), last=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert all(ref() is None for ref in held)
 
 
 def test_parts_of_different_sizes_are_not_one_batch():
