@@ -255,6 +255,11 @@ def test_over_processes_each_draws_from_its_own_share(monkeypatch, first, then):
     assert again.sample_rate == 0.1 and again.batch_sampler.num_samples == 10
 
 
-def test_secure_shuffle_leaves_single_records_alone():
-    loader = DataLoader(TensorDataset(torch.arange(4)), batch_size=None, shuffle=True)
-    assert with_secure_shuffle(loader) is loader
+def test_batches_that_are_items_of_the_dataset_are_shuffled_securely_too():
+    loader = with_secure_shuffle(DataLoader(Records(40), batch_size=None, shuffle=True))
+    orders = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        orders.append(list(loader.sampler))
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40)) and orders[0] != orders[1]
+    assert len(loader) == 40 and loader.batch_size is None and len(list(loader)) == 40
