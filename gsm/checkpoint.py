@@ -39,7 +39,7 @@ def save(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be the torch.nn.Module to save, got {type(module).__name__}")
-    if optimizer is not None and getattr(optimizer, "_is_last_step_skipped", False):
+    if getattr(optimizer, "_is_last_step_skipped", False):
         raise CheckpointError(
             "the optimizer is in the middle of a logical batch: save after a step that updated the parameters, or call "
             "optimizer.discard_pending() first"

@@ -123,7 +123,7 @@ def _verify_checksums(path: Any, name: str) -> None:
             damaged = archive.testzip()
     except zipfile.BadZipFile:
         damaged = None  # cut off, damaged, or torch's old format without checksums: torch.load will tell
-        if start is None and zipfile.is_zipfile(path):
+        if zipfile.is_zipfile(path):
             raise CheckpointError(f"{name} is corrupted: its table of contents is damaged") from None
     finally:
         if start is not None:

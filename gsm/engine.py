@@ -246,11 +246,14 @@ class PrivacyEngine:
         :meth:`load_checkpoint`). It costs one ``fsync`` per release.
 
         Raises:
-            CheckpointError: a file that is no journal, or one with fewer releases than this account.
+            CheckpointError: a file that is no journal, one with fewer releases than this account, or one that is open
+                already, in this process or another.
             ValueError: an optimizer that does not charge by itself (several processes).
         """
         if any(not isinstance(optimizer, preparation.DPOptimizer) for optimizer in self._optimizers):
             raise ValueError("a journal needs gsm's own optimizer, which DistributedDataParallel does not use")
+        if self.journal is not None:
+            self.journal.close()
         self.journal = Journal(path, self.accountant.history)
         self._settle()
         for optimizer in self._optimizers:

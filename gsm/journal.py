@@ -3,18 +3,31 @@
 A checkpoint holds the account as it was when it was written. If a run dies later and resumes from it, the releases in
 between are gone from the account. That is right only if nobody saw anything of them: no metric, no log, no weights on
 another machine. A journal makes it right in any case: every charge is on the disk before its noise is drawn.
+
+A journal belongs to one run at a time, as two accounts in one file are neither's. It is locked while it is open
+(``flock``), against other processes and other engines of this one; the lock ends with the process, however that ends.
+Where there is no ``flock`` (Windows, some network file systems) nothing notices a second run: keep it apart yourself.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from weakref import WeakSet
 
 from gsm.checkpoint_file import CheckpointError, plain
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 MARK = "gsm journal 1"
+_open: WeakSet[Journal] = WeakSet()
 
 
 class Journal:
@@ -29,21 +42,52 @@ class Journal:
         history: what was on the account before the first line; only used for a new file.
 
     Raises:
-        CheckpointError: not a journal, or damaged before its last line.
+        CheckpointError: not a journal, damaged before its last line, or open already, here or in another process.
     """
 
     def __init__(self, path: Any, history: list[Any] | None = None) -> None:
         self.path = Path(os.fspath(path))
-        if not self.path.exists() or b"\n" not in self.path.read_bytes():
-            self.path.write_text(json.dumps([MARK, plain([list(entry) for entry in history or []])]) + "\n")
-        kept, self.before, self.charges = self._read()
-        self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115 - open as long as the run
+        # Open as long as the run; whatever is written comes behind what is there.
+        self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            self._lock()
+            if self._is_new():
+                self._file.truncate(0)
+                self._file.write((json.dumps([MARK, plain([list(entry) for entry in history or []])]) + "\n").encode())
+            kept, self.before, self.charges = self._read()
+        except BaseException:
+            self._file.close()
+            raise
         self._file.truncate(kept)
-        self._file.seek(kept)
         os.fsync(self._file.fileno())
+        _open.add(self)
+
+    def _lock(self) -> None:
+        if _locked(self._file):
+            return
+        gc.collect()  # a journal of a run that nobody holds any more
+        if not _locked(self._file):
+            raise CheckpointError(
+                f"the journal {self.path} is open already, in another process or by another engine of this one: give "
+                "every run its own journal, or end the other run first (in this process: engine.journal.close())."
+            )
+
+    def _is_new(self) -> bool:
+        """Whether there is nothing yet, or only the beginning of a first line that a crash cut off."""
+        held, first = self.path.read_bytes(), json.dumps([MARK])[:-1].encode()
+        return b"\n" not in held and (held.startswith(first) or first.startswith(held))
 
     def record(self, *, noise_multiplier: float, sample_rate: float) -> None:
-        """Writes one charge and waits until it is on the disk."""
+        """Writes one charge and waits until it is on the disk.
+
+        Raises:
+            CheckpointError: the journal was closed, or belongs to the process that this one was forked from.
+        """
+        if self._file.closed:
+            raise CheckpointError(
+                f"the journal {self.path} is closed, so this release cannot be charged to it: call keep_journal() "
+                "again, in the process that trains."
+            )
         charge = (float(noise_multiplier), float(sample_rate))
         self._file.write((json.dumps(charge) + "\n").encode())
         os.fsync(self._file.fileno())
@@ -81,6 +125,7 @@ class Journal:
         return self.steps - known
 
     def close(self) -> None:
+        """Lets another run have the file; this one can record nothing any more."""
         self._file.close()
 
     def _read(self) -> tuple[int, list[Any], list[tuple[float, float]]]:
@@ -94,3 +139,26 @@ class Journal:
         except (ValueError, TypeError, IndexError) as error:
             raise CheckpointError(f"{self.path} is not a journal of charges, or it is damaged") from error
         return sum(len(line) + 1 for line in lines), before, charges
+
+
+def _locked(file: IO[bytes]) -> bool:
+    """Locks a file for this open of it; False if another open of it, in whatever process, has it locked."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass  # a file system without locks
+    return True
+
+
+def _close_in_child() -> None:
+    """A forked process (a loader's worker) shares the lock: were it to outlive a killed run, it would keep it."""
+    for journal in list(_open):
+        with suppress(OSError):
+            journal.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)

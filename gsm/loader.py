@@ -256,7 +256,11 @@ class SecureShuffle(Sampler[int]):
 
 def with_secure_shuffle(loader: DataLoader) -> DataLoader:
     """The same loader; if it shuffles, it shuffles with a cryptographic generator."""
-    if type(loader.batch_sampler) is not BatchSampler or type(loader.sampler) is not RandomSampler:
+    if type(loader.sampler) is not RandomSampler:
         return loader
-    batches = BatchSampler(SecureShuffle(len(loader.dataset)), loader.batch_sampler.batch_size, loader.drop_last)  # type: ignore[arg-type]
-    return DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn, **loader_options(loader))
+    order: Sampler = SecureShuffle(len(loader.dataset))  # type: ignore[arg-type]
+    options = {"collate_fn": loader.collate_fn, **loader_options(loader)}
+    if loader.batch_size is None:  # every item of the dataset is a batch
+        return DataLoader(loader.dataset, batch_size=None, sampler=order, **options)
+    batches = BatchSampler(order, loader.batch_size, loader.drop_last)
+    return DataLoader(loader.dataset, batch_sampler=batches, **options)

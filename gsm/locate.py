@@ -12,11 +12,13 @@ from torch import Tensor
 
 from gsm.layout import UNKNOWN, Layout, Rows, Unresolvable, Untold, guess
 from gsm.ownership import owners_of
+from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
 
 if TYPE_CHECKING:
     from gsm.tape import Pass
 
 _UNSEEN: Any = object()
+UNLIKE = "it did not occur, or looked different, when the model was tried on a few samples"
 
 
 class Seen(NamedTuple):
@@ -66,10 +68,8 @@ def locate(active: Pass, site: str, x: Tensor, batch_dim: int | None = None) -> 
     like = _elsewhere(active, site, x)
     if like is not _UNSEEN:
         return like
-    raise Untold(
-        f"where a tensor of shape {tuple(x.shape)} has its batch cannot be told: it did not occur, or looked different,"
-        " when the model was tried on a few samples"
-    )
+    why = CUT_OFF if inside_reentrant_checkpoint() else UNLIKE
+    raise Untold(f"where a tensor of shape {tuple(x.shape)} has its batch cannot be told: {why}")
 
 
 def _elsewhere(active: Pass, site: str, x: Tensor) -> Any:
@@ -112,9 +112,7 @@ def _probing(active: Pass, key: Any, x: Tensor, known: Any, batch_dim: int | Non
 
 def _guess(active: Pass, x: Tensor, batch_dim: int | None) -> Layout | None:
     first = active.tape.batch_first
-    return guess(
-        tuple(x.shape), active.batch_size, depends=x.requires_grad, batch_first=first, batch_dim=batch_dim
-    )
+    return guess(tuple(x.shape), active.batch_size, depends=x.requires_grad, batch_first=first, batch_dim=batch_dim)
 
 
 def _fits(layout: Layout | None, x: Tensor, batch_size: int) -> bool:

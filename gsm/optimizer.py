@@ -205,7 +205,7 @@ class DPOptimizer(OptimizerInterface):
             raise ValueError(f'loss= takes a vector with one entry per sample (reduction="none"), got {shape}.')
         size = loss.shape[0]
         check_entries(self.params, loss)
-        (loss.mean() if self.loss_reduction == "mean" and size else loss.sum()).backward()
+        (loss.mean() if self.loss_reduction == "mean" else loss.sum()).backward()
         seen = [batch.batch_size for batch in ledger.collect(self.params)]
         if seen and seen[-1] != size:
             ledger.discard(self.params)

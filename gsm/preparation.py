@@ -142,11 +142,12 @@ def make_clipping(clipping: str | Clipping, options: dict[str, Any]) -> str | Cl
     cls = CLIPPING.get(clipping) if isinstance(clipping, str) else None
     known = [n for n in inspect.signature(cls).parameters if n != "max_grad_norm"] if cls else []
     unknown = [name for name in options if name not in known]
-    if unknown or cls is None:
+    if unknown:
         raise ValueError(
-            f"unknown keyword argument(s) {', '.join(unknown or options)}: clipping={clipping!r} takes "
+            f"unknown keyword argument(s) {', '.join(unknown)}: clipping={clipping!r} takes "
             f"{', '.join(known) or 'no further ones'}"
         )
+    assert cls is not None  # else nothing is known
     return cls(**options)
 
 

@@ -21,9 +21,15 @@ from gsm.layout import Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
 from gsm.probe import SamplesInfluenceEachOther, probe, undisturbed
 from gsm.probe_buffers import check_buffers
+from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
 from gsm.tracked import Tracked
+
+OUTSIDE = (
+    "it was used outside the wrapped model's forward (in the loss, say), so that share of its per-sample gradient is "
+    "unknown. Compute it inside the model's forward, or freeze the parameter."
+)
 
 
 class CapturePlan:
@@ -97,11 +103,8 @@ class CapturePlan:
         if not self.tape.enabled:
             return
         p.grad = None
-        raise RuntimeError(
-            f"{self.tape.names.get(id(p), 'A parameter')} received an ordinary gradient: it was used outside the "
-            "wrapped model's forward (in the loss, say), so that share of its per-sample gradient is unknown. Compute "
-            "it inside the model's forward, or freeze the parameter."
-        )
+        why = CUT_OFF if inside_reentrant_checkpoint() else OUTSIDE
+        raise RuntimeError(f"{self.tape.names.get(id(p), 'A parameter')} received an ordinary gradient: {why}")
 
     def described(self) -> Plan:
         """The plan, with the reading chosen for each layer once a batch was seen."""

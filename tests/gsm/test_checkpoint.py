@@ -276,3 +276,20 @@ def test_a_checkpoint_of_another_model_leaves_the_account_alone(tmp_path, part):
     with pytest.raises((RuntimeError, ValueError)):
         fresh.load(tmp_path / "b.pt")
     assert fresh.engine.accountant.history == []
+
+
+def test_the_keywords_for_torch_reach_it(tmp_path):
+    saved = Session()
+    saved.save(
+        tmp_path / "a.pt",
+        module_state_dict_kwargs={"prefix": "net."},
+        torch_save_kwargs={"_use_new_zipfile_serialization": False},
+        checkpoint_dict={"weight": torch.ones(1)},
+    )
+    with pytest.raises(RuntimeError, match="Missing key"):
+        saved.load(tmp_path / "a.pt")
+    entries = saved.load(
+        tmp_path / "a.pt", module_load_dict_kwargs={"strict": False}, torch_load_kwargs={"map_location": "meta"}
+    )
+    assert entries["weight"].device.type == "meta"
+    assert not (tmp_path / "a.pt").read_bytes().startswith(b"PK")

@@ -174,3 +174,17 @@ def test_the_name_is_on_the_disk_too(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda a, b: done.append("rename") or replace(a, b))
     write(tmp_path / "a.pt", {"x": 1})
     assert done == ["file", "rename", "directory"]
+
+
+def test_torchs_old_format_is_read(tmp_path):
+    """It is no archive, so it has no table of contents that could be damaged."""
+    torch.save({"x": torch.ones(3)}, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read(tmp_path / "a.pt")["x"], torch.ones(3))
+
+
+def test_a_damaged_table_of_contents_of_a_file_object_is_named_too():
+    file = io.BytesIO()
+    torch.save({"x": torch.ones(3)}, file)
+    damaged = io.BytesIO(file.getvalue().replace(b"PK\x01\x02", b"PK\x00\x00"))
+    with pytest.raises(CheckpointError, match="the BytesIO is corrupted: its table of contents is damaged"):
+        read(damaged)

@@ -130,6 +130,7 @@ def test_a_resumed_run_counts_what_was_released_after_the_checkpoint(tmp_path):
         optimizer.step()
         if step == 1:
             engine.save_checkpoint(path=tmp_path / "checkpoint", module=model, optimizer=optimizer)
+    engine.journal.close()  # as the end of its process would
     with pytest.warns(UserWarning, match="5 releases of an earlier run"):
         later = resume(tmp_path)[0]
     assert later.accountant.history == engine.accountant.history == [(1.0, 0.2, 5)]
@@ -154,6 +155,7 @@ def test_a_torn_line_was_no_release_and_is_written_over(tmp_path):
     journal = Journal(tmp_path / "j")
     assert journal.history() == history(4)
     journal.record(noise_multiplier=2.0, sample_rate=0.5)
+    journal.close()
     assert Journal(tmp_path / "j").history() == [(1.0, 0.5, 4), (2.0, 0.5, 1)]
 
 
@@ -167,7 +169,7 @@ def test_what_is_no_journal_is_named(tmp_path, content):
 def test_a_journal_of_another_run_is_refused(tmp_path):
     engine = PrivacyEngine(accountant="rdp")
     engine.keep_journal(tmp_path / "j")
-    engine.accountant.history = history(7)
+    engine.journal.close()
     other = PrivacyEngine(accountant="rdp")
     other.accountant.history = history(7)
     with pytest.raises(CheckpointError, match="belongs to another run"):

@@ -1,11 +1,15 @@
 """Every release is in the journal, whoever makes it and whenever the journal begins (crashes: test_crash.py)."""
 
+import errno
 import os
+import signal
 
 import pytest
+import torch
 from torch import nn
 
 from gsm import PrivacyEngine
+from gsm import journal as journals
 from gsm.checkpoint_file import CheckpointError
 from gsm.journal import Journal
 from tests.gsm.training import parts, train
@@ -31,6 +35,7 @@ def test_optimizers_made_before_and_after_the_journal_use_it(tmp_path):
     engine.keep_journal(tmp_path / "j")
     train(*early, steps=1)
     train(*private(engine), steps=3)
+    engine.journal.close()
     assert steps(tmp_path / "j") == engine.journal.steps == 6
     assert engine.accountant.history == engine.journal.history() == [(1.0, 1 / 6, 6)]
 
@@ -41,7 +46,8 @@ def test_what_a_crashed_run_wrote_is_on_the_account_before_and_after_a_checkpoin
     engine.keep_journal(tmp_path / "j")
     train(model, optimizer, loader, steps=1)
     engine.save_checkpoint(path=tmp_path / "a.pt", module=model, optimizer=optimizer)
-    train(model, optimizer, loader, steps=2)  # ... and it dies
+    train(model, optimizer, loader, steps=2)
+    engine.journal.close()  # ... and it dies
     resumed = PrivacyEngine(accountant="rdp")
     model, optimizer, loader = private(resumed)
     with pytest.warns(UserWarning, match="3 releases of an earlier run"):
@@ -88,3 +94,149 @@ def test_a_long_torn_line_leaves_nothing_behind_a_short_one(tmp_path):
     journal.record(noise_multiplier=2.0, sample_rate=0.5)
     journal.close()
     assert steps(tmp_path / "j") == 1
+
+
+def test_what_is_no_journal_is_left_as_it_is(tmp_path):
+    """A first line that a crash cut off is written anew; another file's is not."""
+    (tmp_path / "j").write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match="is not a journal of charges"):
+        Journal(tmp_path / "j")
+    assert (tmp_path / "j").read_bytes() == b"weights"
+    for torn in (b"", b'["gsm jour', b'["gsm journal 1", [[1.0, 0.'):
+        (tmp_path / "j").write_bytes(torn)
+        journal = Journal(tmp_path / "j", [(1.0, 0.5, 2)])
+        journal.close()
+        assert steps(tmp_path / "j") == 2
+
+
+needs_locks = pytest.mark.skipif(journals.fcntl is None, reason="needs flock (POSIX)")
+
+
+@needs_locks
+def test_two_engines_never_write_one_journal(tmp_path):
+    first, second = PrivacyEngine(accountant="rdp"), PrivacyEngine(accountant="rdp")
+    model, optimizer, loader = private(first)
+    first.keep_journal(tmp_path / "j")
+    train(model, optimizer, loader, steps=1)
+    with pytest.raises(CheckpointError, match=r"j is open already.*engine\.journal\.close\(\)"):
+        second.keep_journal(tmp_path / "j")
+    assert second.journal is None and second.accountant.history == []
+    train(model, optimizer, loader, steps=1)
+    first.journal.close()
+    with pytest.warns(UserWarning, match="2 releases of an earlier run"):
+        second.keep_journal(tmp_path / "j")
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(CheckpointError, match="is closed, so this release cannot be charged"):
+        train(model, optimizer, loader, steps=1)
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert second.journal.steps == first.accountant.history[0][2] == 2
+
+
+def test_an_engine_may_begin_its_journal_again(tmp_path):
+    engine = PrivacyEngine(accountant="rdp")
+    parts = private(engine)
+    engine.keep_journal(tmp_path / "j")
+    train(*parts, steps=1)
+    engine.keep_journal(tmp_path / "j")
+    train(*parts, steps=1)
+    engine.journal.close()
+    assert steps(tmp_path / "j") == engine.journal.steps == 2
+
+
+@needs_locks
+def test_a_journal_that_nobody_holds_can_be_opened_again(tmp_path):
+    circle = [Journal(tmp_path / "j")]
+    circle.append(circle)
+    del circle
+    Journal(tmp_path / "j").close()
+
+
+@needs_locks
+def test_a_refused_file_is_not_kept_locked(tmp_path):
+    (tmp_path / "j").write_text("hello\n")
+    with pytest.raises(CheckpointError, match="is not a journal") as held:
+        Journal(tmp_path / "j")
+    (tmp_path / "j").write_text("")
+    Journal(tmp_path / "j").close()
+    assert held.value
+
+
+def forked(run):
+    """A child process that does ``run(say)``, and what it said first."""
+    heard, say = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run(lambda word: os.write(say, word))
+        finally:
+            os._exit(1)
+    os.close(say)
+    word = os.read(heard, 9)
+    os.close(heard)
+    return pid, word
+
+
+def wait(pid):
+    return os.waitpid(pid, 0)[1]
+
+
+@needs_locks
+def test_two_processes_never_write_one_journal_and_a_killed_one_leaves_no_lock(tmp_path):
+    """Not even if a process forked from it, such as a loader's worker, lives on."""
+    stay, end = os.pipe()
+
+    def run(say):
+        journal = Journal(tmp_path / "j")
+        journal.record(noise_multiplier=1.0, sample_rate=0.5)
+        os.close(end)
+        if os.fork() == 0:
+            say(b"open")
+            os.read(stay, 1)  # until the test ends
+            os._exit(0)
+        signal.pause()
+
+    pid, word = forked(run)
+    try:
+        assert word == b"open"
+        with pytest.raises(CheckpointError, match="open already, in another process"):
+            Journal(tmp_path / "j")
+        os.kill(pid, signal.SIGKILL)
+        assert os.WIFSIGNALED(wait(pid))
+        assert steps(tmp_path / "j") == 1
+    finally:
+        os.close(end)
+        os.close(stay)
+
+
+@needs_locks
+def test_a_forked_process_does_not_write_the_journal_of_its_parent(tmp_path):
+    journal = Journal(tmp_path / "j")
+
+    def run(say):
+        try:
+            journal.record(noise_multiplier=1.0, sample_rate=0.5)
+        except CheckpointError as error:
+            say(b"refused" if "in the process that trains" in str(error) else b"?")
+
+    pid, word = forked(run)
+    wait(pid)
+    assert word == b"refused"
+    with pytest.raises(CheckpointError, match="open already"):  # the child's end did not unlock it
+        Journal(tmp_path / "j")
+    journal.close()
+    assert steps(tmp_path / "j") == 0
+
+
+def test_where_there_are_no_locks_a_journal_works_without(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if journals.fcntl is not None:
+        monkeypatch.setattr(journals.fcntl, "flock", flock)
+        journal = Journal(tmp_path / "j")
+        assert steps(tmp_path / "j") == 0  # opened twice, unnoticed
+        journal.close()
+    monkeypatch.setattr(journals, "fcntl", None)
+    journal = Journal(tmp_path / "j")
+    assert steps(tmp_path / "j") == 0
+    journal.close()

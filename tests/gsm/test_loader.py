@@ -22,8 +22,8 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from gsm import drawn
-from gsm.loader import DPDataLoader, SecureShuffle, with_secure_shuffle
-from gsm.sampling import PoissonSampler
+from gsm.loader import DPDataLoader, SecureShuffle, _check_replaceable, with_secure_shuffle
+from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
 
 class Records(Dataset):
@@ -235,3 +235,31 @@ def test_an_epoch_whose_full_batches_were_skipped_as_well_says_nothing_about_the
         warnings.simplefilter("error")
         sizes = [len(x) for (x,) in loader]
     assert 0 in sizes and max(sizes) > 0
+
+
+def test_over_processes_a_share_may_be_replaced_and_other_sampling_may_not():
+    share = DistributedSampler(Records(20), num_replicas=2, rank=0)
+    _check_replaceable(loader_with(batch_size=2, sampler=share), True)
+    with pytest.raises(ValueError, match="WeightedRandomSampler, which Poisson sampling would replace"):
+        _check_replaceable(loader_with(batch_size=2, sampler=WeightedRandomSampler([1.0] * 20, 20)), True)
+
+
+@pytest.mark.parametrize("first, then", [(True, False), (False, True), (True, True)])
+def test_over_processes_each_draws_from_its_own_share(monkeypatch, first, then):
+    """Else every record could be in the batch of every process."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    loader = DataLoader(Records(20), batch_size=2)
+    again = DPDataLoader.from_data_loader(DPDataLoader.from_data_loader(loader, distributed=first), distributed=then)
+    assert again.distributed and isinstance(again.batch_sampler, DistributedPoissonSampler)
+    assert again.sample_rate == 0.1 and again.batch_sampler.num_samples == 10
+
+
+def test_batches_that_are_items_of_the_dataset_are_shuffled_securely_too():
+    loader = with_secure_shuffle(DataLoader(Records(40), batch_size=None, shuffle=True))
+    orders = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        orders.append(list(loader.sampler))
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(40)) and orders[0] != orders[1]
+    assert len(loader) == 40 and loader.batch_size is None and len(list(loader)) == 40

@@ -133,3 +133,17 @@ def test_pickle_and_deepcopy_continue_the_same_stream():
         assert torch.equal(draw(SMALL, part=other), expected)
     part.refresh()
     assert not torch.equal(draw(SMALL, part=copy.deepcopy(part)), draw(SMALL, part=copy.deepcopy(part)))
+
+
+def test_no_tensor_is_left_without_noise_because_it_is_on_another_device(monkeypatch):
+    """Few entries on the host are drawn at once, but only if there are no others (``meta`` stands for a GPU)."""
+    drawn_on = []
+
+    def generator(device):
+        drawn_on.append(torch.device(device).type)
+        return torch.default_generator
+
+    monkeypatch.setattr(torch, "Generator", generator)
+    host, other = torch.zeros(3), torch.zeros(3, device="meta")
+    GaussianNoise().add_([host, other], 1.0, 1.0)
+    assert drawn_on == ["meta"] and bool((host != 0).all())

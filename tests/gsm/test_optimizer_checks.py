@@ -27,6 +27,7 @@ GOOD = {"noise_multiplier": 1.0, "max_grad_norm": 1.0, "expected_batch_size": 4}
         ({"generator": 7}, TypeError, "torch.Generator, got int"),
         ({"generator": torch.Generator(), "secure_mode": True}, ValueError, "predicted"),
         ({"noise": Spy(), "secure_mode": True}, ValueError, "its own randomness"),
+        ({"noise": Spy(), "generator": torch.Generator()}, ValueError, "its own randomness"),
     ],
 )
 def test_settings_without_meaning_are_refused_by_name(options, error, message):
@@ -97,3 +98,13 @@ def test_several_processes_are_refused(monkeypatch):
     deliver(params, gradients(params, 3))
     with pytest.raises(ValueError, match="torch.distributed has 2"):
         optimizer.step()
+
+
+def test_a_build_of_torch_without_processes_is_not_asked_how_many_there_are(monkeypatch):
+    params = parameters()
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    optimizer = private(params)
+    deliver(params, gradients(params, 3))
+    optimizer.step()
+    assert optimizer.releases == 1

@@ -1,5 +1,7 @@
 """A record contributes at most once and at most the bound, whatever was cut, interrupted or left over."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -292,3 +294,72 @@ def test_a_loss_that_does_not_fit_leaves_nothing_behind():
     assert collect(params) == []
     with pytest.raises(ValueError, match="No per-sample gradients"):
         optimizer.step()
+
+
+def test_a_loss_of_a_model_that_nothing_captures_is_no_batch():
+    optimizer = private(parameters())
+    stranger = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match="No per-sample gradients"):
+        optimizer.step(loss=stranger(torch.randn(4, 3))[:, 0])
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_vector_of_losses_is_reduced_as_the_wrapper_expects(mode, reduction):
+    """Else every gradient would be off by the batch size before it is clipped."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    model = GradSampleModule(nn.Linear(3, 1).double(), mode=mode, loss_reduction=reduction)
+    params = list(model.parameters())
+    optimizer = private(params, expected_batch_size=1, max_grad_norm=100.0, loss_reduction=reduction)
+    optimizer.step(loss=model(x)[:, 0])
+    assert_same(released(params), [x.sum(0)[None], torch.tensor([4.0], dtype=torch.float64)])
+
+
+def test_batches_that_are_not_independent_are_not_called_overlapping():
+    """Only the loader's own drawing makes them so; two losses in one part of a logical batch do not."""
+    params = parameters()
+    optimizer = private(params)
+    for seed in (1, 2):
+        deliver(params, gradients(params, BATCH, seed=seed))
+    with pytest.warns(UserWarning, match="2 backward passes before one step"):
+        optimizer.virtual_step()
+    deliver(params, gradients(params, BATCH, seed=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_released_gradient_that_somebody_keeps_is_not_a_forgotten_zero_grad():
+    model = GradSampleModule(nn.Linear(3, 1), mode="ghost")
+    optimizer = private(list(model.parameters()))
+    kept = []
+    for _ in range(2):
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        kept.append([p.grad for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    assert optimizer.releases == 2 and all(g is not None for g in kept[0])
+
+
+def test_a_finished_release_still_says_how_many_backward_passes_it_had():
+    params = parameters()
+    optimizer = private(params)
+    deliver(params, gradients(params, BATCH))
+    optimizer.virtual_step()
+    deliver(params, gradients(params, BATCH, seed=1))
+    optimizer.step()
+    for p in params:
+        p.grad_sample = None
+    assert optimizer.accumulated_iterations == 1
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
+def test_no_release_is_charged_at_a_rate_that_is_no_probability(rate):
+    params, spy = parameters(), Spy()
+    optimizer = private(params, noise_multiplier=1.0, noise=spy)
+    optimizer.accountant, optimizer.sample_rate = spy, rate
+    deliver(params, gradients(params, BATCH))
+    with pytest.raises(ValueError, match=r"sample_rate must lie in \[0, 1\]"):
+        optimizer.step()
+    assert spy.charges == spy.stds == []

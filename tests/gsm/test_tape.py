@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from gsm.ledger import collect
+from gsm.ledger import collect, discard, tape_of
 from gsm.loader import DPDataLoader
 from gsm.wrapper import GradSampleModule
 
@@ -103,3 +103,38 @@ def test_a_second_backward_through_the_same_forward_is_a_batch_again() -> None:
     model.zero_grad()
     loss.backward()
     assert [b.batch_size for b in collect(list(model.parameters()))] == [4]
+
+
+def test_batches_of_which_no_drawing_is_known_have_no_further_rows() -> None:
+    """Another loader's batches: there is nothing to compare their rows with."""
+    model = GradSampleModule(nn.Linear(3, 2))
+    model(torch.randn(4, 3)).sum().backward()
+    tape = tape_of(model.weight)
+    assert tape is not None and tape.more_rows is None
+
+
+def test_two_models_of_one_optimizer_keep_their_own_gradients() -> None:
+    """Taken for one model's, the other's would be left out of the sum without a word."""
+    one, two = (GradSampleModule(nn.Linear(3, 2), mode="ghost") for _ in range(2))
+    x = torch.randn(4, 3)
+    (one(x).sum() + two(2 * x).sum()).backward()
+    (batch,) = collect([*one.parameters(), *two.parameters()])
+    sums = batch.weighted_sum(torch.ones(4))
+    for actual, rows in zip(sums[::2], (x, 2 * x), strict=True):
+        torch.testing.assert_close(actual, 4 * rows.sum(0).expand(2, 3))  # a mean of 4: each gradient counts 4 times
+
+
+def test_two_optimizers_of_one_model_take_each_their_own() -> None:
+    model = GradSampleModule(nn.Linear(3, 2), mode="ghost")
+    model(torch.randn(4, 3)).sum().backward()
+    discard([model.weight])
+    assert collect([model.weight]) == [] and len(collect([model.bias])) == 1
+
+
+def test_two_looks_at_one_batch_stay_one_batch_if_something_is_forgotten_in_between() -> None:
+    model = GradSampleModule(nn.Linear(3, 2), mode="ghost")
+    params, x = list(model.parameters()), torch.randn(4, 3)
+    first = model(x)
+    discard(params)
+    (first - model(x.flip(1))).square().sum().backward()
+    assert [b.batch_size for b in collect(params)] == [4]
