@@ -64,6 +64,9 @@ class Planner:
         self.choices: dict[tuple[object, ...], Choice] = {}
         self._settled = True
         self._largest_batch = 1
+        # Inputs that are held already in this backward, with the first choice that counts them (None: several do).
+        self._held: dict[tuple[int, int], Choice | None] = {}
+        self._shared_bytes = 0.0
 
     def keeps(self, record: Record, key: object) -> bool:
         """Whether this record's gradients are to be materialised now."""
@@ -72,16 +75,34 @@ class Planner:
         if choice is None:
             choice = self.choices[place] = measure(record)
             choice.keep = choice.extra_bytes <= 0
+            if not choice.keep:
+                self._count_once(record, choice)
             self._settled = self._settled and self.mode != "auto"
         self._largest_batch = max(self._largest_batch, record.batch_size)
         return choice.keep
 
+    def _count_once(self, record: Record, choice: Choice) -> None:
+        """An input of several layers (query, key and value) is held once, and until the last of them is kept."""
+        for x in record.activations:
+            if isinstance(x, Tensor):
+                place, size = (x.data_ptr(), x.numel()), x.numel() * x.element_size() / max(record.batch_size, 1)
+                if place not in self._held:
+                    self._held[place] = choice
+                    continue
+                first = self._held[place]
+                if first is not None:
+                    first.pair_bytes -= size
+                    self._shared_bytes += size
+                    self._held[place] = None
+                choice.pair_bytes -= size
+
     def settle(self) -> None:
         """After a backward that showed new layers or shapes: spends the budget where it saves most per byte."""
+        self._held.clear()
         if self._settled:
             return
         self._settled = True
-        kept = sum(min(c.kept_bytes, c.pair_bytes) for c in self.choices.values())
+        kept = self._shared_bytes + sum(min(c.kept_bytes, c.pair_bytes) for c in self.choices.values())
         budget = (
             1.1 * self.activation_bytes
             if self.memory_budget is None

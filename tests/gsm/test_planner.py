@@ -63,6 +63,24 @@ def test_a_convolution_is_kept_as_what_makes_its_norm_cheap() -> None:
     assert plan["2.weight"].reading == "norm from the pair"
 
 
+def test_an_input_of_several_layers_is_counted_once() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = (nn.Linear(64, 64, bias=False) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.q(x) + self.k(x) * self.v(x))
+
+    wrapped = GradSampleModule(Heads(), mode="auto", memory_budget=0)
+    wrapped(torch.randn(5, 3, 64)).sum().backward()
+    planner, size = wrapped._tape.planner, 3 * 64 * 4
+    assert {key[0]: c.pair_bytes for key, c in planner.choices.items()} == {
+        "out.weight": 2 * size, "q.weight": size, "k.weight": size, "v.weight": size
+    }  # fmt: skip
+    assert planner._shared_bytes == size and not planner._held
+
+
 def test_every_choice_gives_the_same_norms_and_sums() -> None:
     results = []
     for mode, budget in (("ghost", None), ("auto", None), ("auto", 0), ("auto", 1 << 30), ("hooks", None)):
