@@ -139,6 +139,10 @@ class Capture:
             forward.remove()
         self.forwards, self._sites, self._inside = {}, [], {}
 
+    def values(self) -> dict[int, str]:
+        """The names of the parameters by the identity of the tensors that stand for them in a graph."""
+        return {id(t.gsm_value): t.gsm_name for _, _, t in self._sites}
+
     def stale(self) -> bool:
         """Whether a parameter was given other storage since it was tracked (`model.to(...)`, `p.data = ...`)."""
         return any(

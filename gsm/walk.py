@@ -19,11 +19,12 @@ from gsm.capture import Capture, CapturedForward, Runner
 from gsm.layers import run_sampler
 from gsm.layout import Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
-from gsm.probe import SamplesInfluenceEachOther, probe, undisturbed
+from gsm.probe import SamplesInfluenceEachOther, probe
 from gsm.probe_buffers import check_buffers
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
 from gsm.tracked import Tracked
+from gsm.undisturbed import undisturbed
 
 
 class CapturePlan:
@@ -180,6 +181,10 @@ class CapturePlan:
             inside = any(not s or path == s or path.startswith(s + ".") for s in self.subtrees)
             if param is not None and not inside and any(p is param for p in module._parameters.values()):
                 return path
+        # It is used outside of every module that owns it: the one above is the next that can be taken whole.
+        for path in [p for p in self.subtrees if p and param is not None]:
+            if any(p is param for p in self.root.get_submodule(path).parameters()):
+                return self._above(path)
         raise error
 
     def _above(self, path: str) -> str:
