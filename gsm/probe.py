@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 from gsm.bags import bags_in, regrouped
 from gsm.capture import Capture, CapturedForward, tensors_in
-from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther, Unresolvable
+from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther
 from gsm.locate import Log, Seen
 from gsm.ownership import owners_in_layout
 from gsm.scalars import compare_alone, named_scalars, uneven_labels
@@ -111,8 +111,6 @@ def probe(
         tape.layouts = learned(logs[0], logs[1], first, second, strict)
         if not (logs[0].skipped or logs[1].skipped) and all(_as_taken(log, tape.layouts) for log in logs):
             break
-    if not (logs[0].skipped or logs[1].skipped):
-        _check_all_seen(capture, tensors_in(outputs))
     if strict:
         for x, y in zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False):
             _check_influence(x, y, first, second, compare(x, y, first, second), "the model's output")
@@ -147,25 +145,6 @@ def _check_end(
     for x, other, y in zip(*map(tensors_in, outputs), out, strict=False):
         layout = compare(x, other, first, second)
         _check_influence(x, y, first, first, layout, "the model's output", ends=(-1 - end,))
-
-
-def _check_all_seen(capture: Capture, outputs: list[Tensor]) -> None:
-    """Refuses a use that was not resolved: the outputs' graph must not lead to a parameter itself."""
-    names = capture.values()
-    left, seen = [x.grad_fn for x in outputs], set()
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        name = names.get(id(getattr(node, "variable", None)))
-        if name is not None:
-            raise Unresolvable(
-                f"{name}: used where its gradient cannot be followed (by a torch.autograd.Function, torch.vmap or a "
-                "scripted function)",
-                parameters=(name,),
-            )
-        left += [parent for parent, _ in node.next_functions]
 
 
 def _check_forgets(capture: Capture, forward: CapturedForward, inputs: Any, size: int, left: list[str]) -> None:

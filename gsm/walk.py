@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import grad_samplers
 from grad_samplers import Sampler, lookup
 from grad_samplers.compositions import composition
-from gsm.capture import Capture, CapturedForward, Runner
+from gsm.capture import Capture, CapturedForward, Runner, tensors_in
 from gsm.layers import run_sampler
 from gsm.layout import Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
@@ -137,15 +137,19 @@ class CapturePlan:
         self.refresh()
         while True:
             try:
-                self._know(args, kwargs, size)
-                return self.capture.run_pass(self.capture.forwards[""], args, kwargs, size)
+                new = self._know(args, kwargs, size)
+                out = self.capture.run_pass(self.capture.forwards[""], args, kwargs, size)
+                if new:
+                    self.capture.check_all_seen(tensors_in(out))
+                return out
             except Unresolvable as error:  # of the probe, or of a batch that took a path which the probe did not
                 self._escalate(error)
 
-    def _know(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
-        """Fills ``tape.layouts`` for this kind of input."""
+    def _know(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:
+        """Fills ``tape.layouts`` for this kind of input; whether it is a new one."""
         kind = signature(args, kwargs)
-        if kind not in self.probed and size > 0:
+        new = kind not in self.probed and size > 0
+        if new:
             root = self.capture.forwards[""]
             probe(self.capture, root, args, kwargs, size, self.strict)
             if self.strict:
@@ -153,6 +157,7 @@ class CapturePlan:
                     check_buffers(self.root, lambda values: root.original(*values[0], **values[1]), (args, kwargs))
             self.probed[kind] = self.tape.layouts
         self.tape.layouts = self.probed.get(kind, {})
+        return new
 
     def _escalate(self, error: Unresolvable) -> None:
         """Hands the module that owns the parameter to the next rung, or the module above it."""
