@@ -106,3 +106,32 @@ def test_a_branch_that_the_probe_did_not_take_is_an_error_not_a_zero(mode: str) 
     inner.hidden = True
     with pytest.raises(RuntimeError, match="weight is used where its gradient cannot be taken apart by sample"):
         model(torch.randn(5, 4)).sum().backward()
+
+
+COMPLEX: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "linear": lambda x, w: nn.functional.linear(x, w),
+    "matmul": lambda x, w: x @ w.t(),
+    "einsum": lambda x, w: torch.einsum("bi,oi->bo", x, w),
+    "convolution": lambda x, w: nn.functional.conv1d(x[:, None], w[:, None]),
+    "product": lambda x, w: x * w[0],
+    "constants before": lambda x, w: x @ (w * torch.tensor(1j) + 1).t(),
+}
+
+
+class Spectral(nn.Module):
+    """Complex weights kept as real ones: the real formulas lack the conjugate."""
+
+    def __init__(self, use: str) -> None:
+        super().__init__()
+        self.use, self.weight = COMPLEX[use], nn.Parameter(torch.randn(3, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.view_as_complex(self.weight)
+        return self.use(torch.fft.fft(x).to(weight.dtype), weight).abs()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("use", COMPLEX)
+def test_complex_numbers_are_left_to_autograd(use: str, mode: str) -> None:
+    torch.manual_seed(0)
+    check(nn.Sequential(nn.Linear(4, 4), Spectral(use)), torch.randn(5, 4), mode=mode)
