@@ -240,6 +240,11 @@ def _check(model: nn.Module, loss_reduction: str, mode: str) -> None:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
     for path, module in model.named_modules():
+        if getattr(module.__dict__.get("forward"), "capture", None) is not None:
+            raise ValueError(
+                f"{path} is wrapped already, by itself or in another model: each of the two would take its gradients "
+                "for its own. Wrap one module that holds everything, or call remove_hooks() on the other wrapper."
+            )
         if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
             raise ValueError(
                 f"{path or 'the model'} is a TorchScript module, whose parameters cannot be followed: wrap "

@@ -243,6 +243,11 @@ MAKE_PRIVATE = [
     ("generator number", lambda: private(noise_generator=42), TypeError, "generator must be a torch.Generator"),
     ("physical size 0", lambda: private(max_physical_batch_size=0), ValueError,
      "max_physical_batch_size must be at le"),
+    ("physical size in words", lambda: private(max_physical_batch_size="4"), ValueError, "at least 1, got '4'"),
+    ("half a physical size", lambda: private(max_physical_batch_size=2.5), ValueError, "at least 1, got 2.5"),
+    ("accountant replaced", lambda: (lambda e: (e.make_private(module=(p := parts())[0], optimizer=p[1],
+     data_loader=p[2], noise_multiplier=1.0, max_grad_norm=1.0), setattr(e, "accountant", RDPAccountant())))(
+        PrivacyEngine()), ValueError, "use a new engine"),
     ("physical size -1", lambda: private(max_physical_batch_size=-5), ValueError, "at least 1, got -5"),
     ("made-up records", lambda: engine(rand_on_empty=True), ValueError, "made-up record"),
     ("accountant of shuffles", lambda: private(accountant=PRVAccountant(sampling="shuffled", relation="zero_out")),
@@ -266,6 +271,10 @@ MODELS = [
      "weight, bias are complex.*view_as_complex"),
     ("frozen before the backward", lambda: (lambda m: (out := m(X), m.requires_grad_(False), out.sum().backward()))(
         GradSampleModule(nn.Sequential(nn.Linear(6, 3), nn.ReLU()))), RuntimeError, "0.weight was frozen between"),
+    ("wrapped child", lambda: GradSampleModule(nn.Sequential(GradSampleModule(nn.Linear(2, 2)))), ValueError,
+     "0._module is wrapped already|0 is wrapped already"),
+    ("layer of another model", lambda: (lambda layer: (a := GradSampleModule(nn.Sequential(layer)),
+     GradSampleModule(nn.Sequential(nn.ReLU(), layer)), a))(nn.Linear(2, 2)), ValueError, "1 is wrapped already"),
     ("wrapped twice", lambda: GradSampleModule(GradSampleModule(nn.Linear(2, 2))), ValueError, "wrapped already"),
     ("inner part wrapped", lambda: (lambda m: (GradSampleModule(m), GradSampleModule(m)))(nn.Linear(2, 2)), ValueError,
      "wrapped already"),
