@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from gsm.bags import bags_in, has_bags
 from gsm.functions import Poison
+from gsm.layout import Unresolvable
 from gsm.tape import Tape
 from gsm.tracked import Tracked
 
@@ -138,6 +139,24 @@ class Capture:
         for forward in self.forwards.values():
             forward.remove()
         self.forwards, self._sites, self._inside = {}, [], {}
+
+    def check_all_seen(self, outputs: list[Tensor]) -> None:
+        """Refuses a use that was not resolved: the outputs' graph must not lead to a parameter itself."""
+        names = {id(t.gsm_value): t.gsm_name for _, _, t in self._sites}
+        left, seen = [x.grad_fn for x in outputs], set()
+        while left:
+            node = left.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            name = names.get(id(getattr(node, "variable", None)))
+            if name is not None:
+                raise Unresolvable(
+                    f"{name}: used where its gradient cannot be followed (by a torch.autograd.Function, torch.vmap or "
+                    "a scripted function)",
+                    parameters=(name,),
+                )
+            left += [parent for parent, _ in node.next_functions]
 
     def stale(self) -> bool:
         """Whether a parameter was given other storage since it was tracked (`model.to(...)`, `p.data = ...`)."""

@@ -41,6 +41,8 @@ class UserClipping(Clipping):
         self.inner = inner if inner is not None else FlatClipping()
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction is 'sum' or 'mean', got {reduction!r}.")
+        if not isinstance(self.inner, Clipping):
+            raise TypeError(f"inner is a gsm.clipping.Clipping, such as FlatClipping(1.0), got {inner!r}.")
         if self.inner.statistic_sensitivity or isinstance(self.inner, UserClipping):
             raise ValueError(
                 f"{type(self.inner).__name__} cannot be used for users: it needs the expected number of them, and only "

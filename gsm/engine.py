@@ -47,6 +47,7 @@ class PrivacyEngine:
     """
 
     def __init__(self, *, accountant: Any = "prv", secure_mode: bool = False) -> None:
+        self._optimizers: list[Any] = []
         self.accountant = preparation.make_accountant(accountant)
         self.secure_mode = secure_mode
         self.secure_rng = None
@@ -54,13 +55,23 @@ class PrivacyEngine:
         self._samplers: list[Any] = []
         self._resumed = False
         self.journal: Journal | None = None
-        self._optimizers: list[Any] = []
         if not secure_mode:
             warnings.warn(
                 "Secure RNG turned off: sampling and noise come from seedable pseudo-random generators, good for "
                 "experiments. Train the model that you publish with secure_mode=True.",
                 stacklevel=2,
             )
+
+    @property
+    def accountant(self) -> Any:
+        """Who keeps the account."""
+        return self._accountant
+
+    @accountant.setter
+    def accountant(self, value: Any) -> None:
+        if self._optimizers:
+            raise ValueError("this engine's optimizers charge the accountant they were made with: use a new engine")
+        self._accountant = value
 
     def make_private(
         self,

@@ -228,6 +228,10 @@ class DPOptimizer(OptimizerInterface):
         """
         if closure is not None and loss is not None:
             raise ValueError("step() takes a closure or a loss, not both: each of them runs a backward pass.")
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"step() takes a closure, got {type(closure).__name__}: pass a loss by its name, step(loss=...)."
+            )
         result = None
         if closure is not None:
             with torch.enable_grad():

@@ -86,8 +86,6 @@ def check_settings(
         raise ValueError(f"Unexpected value for loss_reduction: {loss_reduction!r}; it is 'mean' or 'sum'.")
     if loss_reduction == "mean" and expected_batch_size is None:
         raise ValueError("You must provide expected_batch_size if loss_reduction is mean: the sum is divided by it.")
-    if expected_batch_size is not None and not expected_batch_size > 0:
-        raise ValueError(f"expected_batch_size must be positive, got {expected_batch_size!r}.")
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
     if secure_mode and generator is not None:

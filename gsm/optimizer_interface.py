@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -92,6 +93,28 @@ class OptimizerInterface(OpacusDPOptimizer):
     @max_grad_norm.setter
     def max_grad_norm(self, value: float) -> None:
         self.clipping.max_grad_norm = value
+
+    @property
+    def expected_batch_size(self) -> float | None:
+        """What the noisy sum is divided by with ``loss_reduction="mean"``."""
+        return self._expected_batch_size
+
+    @expected_batch_size.setter
+    def expected_batch_size(self, value: float | None) -> None:
+        if value is not None and not (isinstance(value, Real) and 0 < value < math.inf):
+            raise ValueError(f"expected_batch_size must be positive, got {value!r}.")
+        self._expected_batch_size = value
+
+    @property
+    def secure_mode(self) -> bool:
+        """Whether the noise is cryptographic; decided when the optimizer is made."""
+        return self._secure_mode
+
+    @secure_mode.setter
+    def secure_mode(self, value: bool) -> None:
+        if value != self.__dict__.get("_secure_mode", value):
+            raise ValueError("secure_mode is chosen when the optimizer is made: its noise would stay what it is.")
+        self._secure_mode = value
 
     @property
     def generator(self) -> torch.Generator | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -75,8 +76,9 @@ class PhysicalBatchLoader(DataLoader):
     """
 
     def __init__(self, loader: DataLoader, max_physical_batch_size: int, optimizer: Any, lookahead: int = 0) -> None:
-        if max_physical_batch_size < 1:
-            raise ValueError(f"max_physical_batch_size must be at least 1, got {max_physical_batch_size}")
+        size: Any = max_physical_batch_size
+        if not isinstance(size, Integral) or size < 1:
+            raise ValueError(f"max_physical_batch_size must be at least 1, got {size!r}")
         if getattr(loader, "batch_sampler", None) is None:
             raise ValueError(
                 f"max_physical_batch_size needs a torch DataLoader with batches of its own, got {type(loader).__name__}"

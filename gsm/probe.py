@@ -1,4 +1,4 @@
-"""Before the first batch: two forwards on a few samples, to learn where the batch lies and whether samples mix.
+"""Before the first batch: forwards on a few samples, to learn where the batch lies and whether samples mix.
 
 The model runs at two batch sizes that occur nowhere in its input's shapes. A dimension that moved with the batch is the
 batch; a value that changed for the same sample although only its neighbours did is a sample influencing another.
@@ -7,15 +7,11 @@ Dropout is off, random state and buffers are put back; the model's own parameter
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from gsm.bags import bags_in, regrouped
@@ -24,93 +20,9 @@ from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther
 from gsm.locate import Log, Seen
 from gsm.ownership import owners_in_layout
 from gsm.scalars import compare_alone, named_scalars, uneven_labels
+from gsm.undisturbed import attributes_restored, saved_bytes, undisturbed
 
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
-
-
-class NoDropout(TorchFunctionMode):
-    """Functional dropout and attention dropout switched off."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
-        if "dropout" in name and args and isinstance(args[0], Tensor):
-            return args[0]
-        if func is F.scaled_dot_product_attention:
-            args = args[:4] + (0.0,) + args[5:] if len(args) > 4 else args
-            kwargs = {k: (0.0 if k == "dropout_p" else v) for k, v in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; random state and buffers as before afterwards."""
-    named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    held = [(m, name, b, b.detach().clone()) for m, name, b in named]
-    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
-    # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
-    hidden: list[tuple[Any, float]] = [
-        (m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
-    ]
-    devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
-    try:
-        for m in dropouts:
-            m.training = False
-        for layer, _ in hidden:
-            layer.dropout = 0.0
-        with torch.random.fork_rng(devices=devices), NoDropout():
-            yield
-    finally:
-        for m in dropouts:
-            m.training = True
-        for layer, p in hidden:
-            layer.dropout = p
-        with torch.no_grad():
-            for module, name, b, before in held:
-                module._buffers[name] = b  # a forward may have put another tensor in its place
-                if b.shape == before.shape:
-                    b.copy_(before)
-
-
-@contextmanager
-def attributes_restored(model: nn.Module) -> Iterator[list[str]]:
-    """Tensors that a forward leaves on its modules (a state for the next one) are taken away again afterwards.
-
-    Yields a list that is filled, at the end, with the names of those that were there.
-    """
-    before = [(path, m, {k: v for k, v in m.__dict__.items() if _may_hold(v)}) for path, m in model.named_modules()]
-    left: list[str] = []
-    try:
-        yield left
-    finally:
-        for path, m, held in before:
-            for name, value in list(m.__dict__.items()):
-                if isinstance(value, Tensor) and value is not held.get(name):
-                    left.append(f"{path}.{name}" if path else name)
-                    if name in held:
-                        m.__dict__[name] = held[name]
-                    else:
-                        del m.__dict__[name]
-
-
-def _may_hold(value: Any) -> bool:
-    return value is None or isinstance(value, Tensor)
-
-
-@contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Bytes that autograd saves inside, by address, the model's own tensors left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return x.detach()  # an operation that saves its own output would otherwise keep itself alive for ever
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        yield found
 
 
 def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
@@ -120,19 +32,23 @@ def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
     return (free[0], free[1]) if len(free) > 1 else (_SIZES[0], _SIZES[1])
 
 
-def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0, bags: bool = False) -> Any:
-    """The arguments with ``new`` samples in place of ``size``.
+def resized(
+    value: Any, size: int, new: int, batch_first: bool, skip: int = 0, bags: bool = False, other: int | None = None
+) -> Any:
+    """The arguments with ``new`` samples in place of ``size``; the one at ``other`` (0 or -1) changed.
 
     The first and the last sample stay; between them are the second and following ones, ``skip`` of them left out.
     Where there are too few, they come again, changed (rolled along the last dimension and, if floating, scaled): two
     calls with different ``skip`` have the first and the last sample in common and no other. Both are needed: what
     runs along the batch (a sum so far, a recurrence that takes the batch for time) reaches only later samples.
     """
-    turns = [0] + [i + skip for i in range(1, new - 1)] + [size - 1]
+    turns = [(min(i, size - 1), max(0, i - size + 1)) for i in [0, *range(1 + skip, new - 1 + skip), size - 1]]
+    if other is not None:
+        turns[other] = (turns[other][0], 1)
     done: list[Tensor] = []
     found = bags_in(value) if bags else None
     if found is not None:
-        value, done = regrouped(value, found, [(min(i, size - 1), max(0, i - size + 1)) for i in turns])
+        value, done = regrouped(value, found, turns)
 
     def pick(x: Any, dim: int | None = None) -> Any:
         if isinstance(x, PackedSequence):
@@ -144,7 +60,7 @@ def resized(value: Any, size: int, new: int, batch_first: bool, skip: int = 0, b
             preferred = 0 if batch_first or x.dim() < 2 else 1
             dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
         # In their order, the last one repeated: lengths that were sorted stay sorted.
-        rows = [_changed(x.select(dim, min(i, size - 1)), max(0, i - size + 1)) for i in turns]
+        rows = [_changed(x.select(dim, i), times) for i, times in turns]
         if skip and x.is_floating_point():  # neighbours that outweigh both: a maximum over the batch shows as well
             rows[1:-1] = [3 * row for row in rows[1:-1]]
         out = torch.stack(rows, dim)
@@ -198,10 +114,37 @@ def probe(
     if strict:
         for x, y in zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False):
             _check_influence(x, y, first, second, compare(x, y, first, second), "the model's output")
+        for end in (0, -1):
+            values = resized((args, kwargs), size, first, tape.batch_first, 0, capture.has_bags, end)
+            _check_end(capture, forward, values, (first, second), end, logs[0], outputs)
         if left:
             _check_forgets(capture, forward, resized((args, kwargs), size, first, tape.batch_first), first, left)
         if named_scalars(outputs[0]):
             _check_scalars(capture, forward, args, kwargs, size)
+
+
+def _check_end(
+    capture: Capture,
+    forward: CapturedForward,
+    values: tuple[tuple[Any, ...], dict[str, Any]],
+    sizes: tuple[int, int],
+    end: int,
+    log: Log,
+    outputs: list[Any],
+) -> None:
+    """Refuses a model in which the first sample moves the last or the last the first: both were the same so far."""
+    first, second = sizes
+    new = Log()
+    new.dry = True
+    with undisturbed(capture.root), attributes_restored(capture.root):
+        out = tensors_in(capture.run_pass(forward, *values, first, new))
+    for key, seen in log.items():
+        if key in new and not seen.picked and not new[key].picked:
+            layout = capture.tape.layouts.get(key)
+            _check_influence(seen.x, new[key].x, first, first, layout, key[0], ends=(-1 - end,))
+    for x, other, y in zip(*map(tensors_in, outputs), out, strict=False):
+        layout = compare(x, other, first, second)
+        _check_influence(x, y, first, first, layout, "the model's output", ends=(-1 - end,))
 
 
 def _check_forgets(capture: Capture, forward: CapturedForward, inputs: Any, size: int, left: list[str]) -> None:
@@ -317,11 +260,21 @@ def _same(x: Tensor, y: Tensor) -> bool:
     return not x.numel() or (x - y).abs().max().item() <= 1e-3 * scale + 1e-12
 
 
-def _check_influence(x: Tensor, y: Tensor, first: int, second: int, layout: Layout | None, site: str) -> None:
+def _check_influence(
+    x: Tensor,
+    y: Tensor,
+    first: int,
+    second: int,
+    layout: Layout | None,
+    site: str,
+    ends: tuple[int, ...] = (0, -1),
+) -> None:
+    """Compares the samples at ``ends``, which are the same in both."""
     if layout is None or layout is UNKNOWN or x.is_meta:
         return
     x, y = layout.to_front(x, first), layout.to_front(y, second)
-    ends = (0, -1) if x.is_floating_point() else (0,)  # the last of some ids may be one of several of a bag
+    if not x.is_floating_point():
+        ends = tuple(i for i in ends if i == 0)  # the last of some ids may be one of several of a bag
     if x.shape[1:] == y.shape[1:] and not all(_same(x[i], y[i]) for i in ends):
         raise SamplesInfluenceEachOther(
             f"Samples influence each other before {site.replace(':', ' is used by ')}: the values for one sample "

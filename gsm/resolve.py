@@ -46,12 +46,23 @@ def resolve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             raise Unresolvable(f"{tape.inside}: it also uses {tracked[0].gsm_name} from outside", subtree=tape.inside)
         rule = known_call if is_known else RULES.get(name.strip("_"), _unknown)
         try:
-            return rule(active, func, args, kwargs)
+            return _real(tracked, name, is_known, lambda: rule(active, func, args, kwargs))
         except Unresolvable:
             if active.log is None or not active.log.dry:
                 raise
         active.log.skipped = True  # perhaps only because a shape misled: look again when layouts are known
         return func(*[plain(a) for a in args], **{k: plain(v) for k, v in kwargs.items()})
+
+
+def _real(tracked: list[Tracked], name: str, is_known: bool, run: Callable[[], Any]) -> Any:
+    """The samplers' formulas are those of real numbers: where complex ones meet the samples, autograd has to do it."""
+    if not any(t.gsm_value.is_complex() for t in tracked):
+        return run()
+    out = None if is_known else run()
+    found = out if isinstance(out, (list, tuple)) else (out,)
+    if not all(isinstance(o, Tracked) or isinstance(o, Tensor) and not o.requires_grad for o in found):
+        raise unresolvable(tracked, name, " on complex numbers")
+    return out
 
 
 def _unknown(active: Pass, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -46,6 +46,8 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
                 f"{'loop' if loop else 'functorch'!r}. Use mode='hooks', 'ghost' or 'auto', or pack inside the model.",
                 subtree=path,
             )
+        if torch._C._functorch.maybe_current_level() is not None:
+            raise NotPerSample(f"{path}: it runs under torch.vmap or another function transform", subtree=path)
         leaves, spec = tree_flatten((args, kwargs))
         if any(isinstance(x, Tracked) for x in leaves):
             raise NotPerSample(f"{path}: its input is a parameter that has not met a sample", subtree=path)

@@ -104,6 +104,11 @@ class Tape:
         if self.mode == "hooks" or self.planner.keeps(record, targets[0][1].gsm_name):
             grads = record.gradients()
             for placeholder, target in targets:
+                if placeholder not in grads:
+                    raise RuntimeError(
+                        f"{target.gsm_name} was frozen between this forward and its backward: freeze and unfreeze "
+                        "parameters before the forward, or after the step."
+                    )
                 self._add(group, target, Dense(grads[placeholder]))
             return
         if aside is not None:

@@ -14,6 +14,7 @@ samples, the use is resolved, by the first of these that applies:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,7 @@ class Tracked(torch.Tensor):
     @staticmethod
     def of_parameter(tape: Tape, param: nn.Parameter) -> Tracked:
         value = param.detach().requires_grad_()
+        value.register_post_accumulate_grad_hook(partial(_lost, tape.names.get(id(param), "A parameter")))
         new = Tracked._make(tape, value, isometric=True)
         new.gsm_param, new.gsm_leaves, new._is_param = param, (new,), True  # type: ignore[attr-defined]
         return new
@@ -57,7 +59,9 @@ class Tracked(torch.Tensor):
 
     @staticmethod
     def _make(tape: Tape, value: Tensor, isometric: bool) -> Tracked:
-        new = torch.Tensor._make_subclass(Tracked, value.detach(), False)
+        # With the graph of its value: what takes tensors without asking __torch_function__ (the apply of an
+        # autograd.Function, vmap, a scripted function) leads back to the parameter, where it is noticed.
+        new = value.as_subclass(Tracked)
         new.gsm_tape, new.gsm_value, new.gsm_isometric = tape, value, isometric
         new.gsm_plain = value.detach()
         return new
@@ -77,6 +81,16 @@ class Tracked(torch.Tensor):
         raise TypeError(
             f"A tracked parameter ({self.gsm_name}) lives only while its model runs; save the model instead."
         )
+
+
+def _lost(name: str, value: Tensor) -> None:
+    """A gradient that came past every use that was resolved: it belongs to no sample."""
+    value.grad = None
+    raise RuntimeError(
+        f"{name} is used where its gradient cannot be taken apart by sample (by a torch.autograd.Function, torch.vmap "
+        "or a scripted function, perhaps in a branch that the first batch did not take). Put that use in a module "
+        "of its own that holds the parameter, wrap with mode='functorch' or 'loop', or freeze the parameter."
+    )
 
 
 def _resolve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

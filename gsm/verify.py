@@ -19,7 +19,7 @@ from gsm.capture import tensors_in
 from gsm.contributions import Record
 from gsm.ledger import collect
 from gsm.planner import Planner
-from gsm.probe import NoDropout
+from gsm.undisturbed import NoDropout
 from gsm.verify_influence import alone_differs, influence
 from gsm.verify_report import VerificationReport
 from gsm.verify_samples import Inputs, Loss, own_loss, users_loss

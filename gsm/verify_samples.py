@@ -75,16 +75,20 @@ def own_loss(together: Any, alone: Any, reduction: str) -> Loss:
     """A loss that exercises every number of an output that depends on a sample.
 
     Each is multiplied by a fixed random number that depends on its place within its sample, so the sum over a batch is
-    the sum over its samples. Outputs whose shape is the same for one sample and for the batch are left out: there is
-    nothing to take apart in them.
+    the sum over its samples, and by one that depends on the sample: equal output gradients would hide a backward that
+    mixes them (a hook that takes their mean off). Outputs whose shape is the same for one sample and for the batch are
+    left out: there is nothing to take apart in them.
 
     Args:
         together, alone: the model's outputs for the batch and for one sample of it.
         reduction: "mean" or "sum" over the samples.
     """
     weights: list[Tensor | None] = []
+    dims: list[int | None] = []  # where the batch is, if it is a dimension of its own
     for k, (x, y) in enumerate(zip(tensors_in(together), tensors_in(alone), strict=True)):
         weights.append(None)
+        differ = [i for i, (n, m) in enumerate(zip(x.shape, y.shape, strict=False)) if n != m]
+        dims.append(differ[0] if len(differ) == 1 and y.shape[differ[0]] == 1 else None)
         if x.is_floating_point() and x.requires_grad and x.dim() == y.dim() and x.shape != y.shape:
             shape = [n if n == m else 1 for n, m in zip(x.shape, y.shape, strict=True)]
             generator = torch.Generator().manual_seed(k)
@@ -96,11 +100,23 @@ def own_loss(together: Any, alone: Any, reduction: str) -> Loss:
         )
 
     def loss(output: Any, rows: Tensor) -> Tensor:
-        terms = [(x * w).sum() for x, w in zip(tensors_in(output), weights, strict=True) if w is not None]
+        terms = [
+            (_by_sample(x, dim, rows) * w).sum()
+            for x, w, dim in zip(tensors_in(output), weights, dims, strict=True)
+            if w is not None
+        ]
         total = torch.stack(terms).sum()
         return total / len(rows) if reduction == "mean" else total
 
     return loss
+
+
+def _by_sample(x: Tensor, dim: int | None, rows: Tensor) -> Tensor:
+    """``x`` with every sample's entries multiplied by a number of its own."""
+    if dim is None:
+        return x
+    own = (1.5 + torch.sin(rows + 1.0)).to(x)
+    return x * own.view([-1 if i == dim else 1 for i in range(x.dim())])
 
 
 def users_loss(function: Callable[..., Tensor]) -> Loss:

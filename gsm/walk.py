@@ -15,16 +15,17 @@ from torch import Tensor, nn
 import grad_samplers
 from grad_samplers import Sampler, lookup
 from grad_samplers.compositions import composition
-from gsm.capture import Capture, CapturedForward, Runner
+from gsm.capture import Capture, CapturedForward, Runner, tensors_in
 from gsm.layers import run_sampler
 from gsm.layout import Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
-from gsm.probe import SamplesInfluenceEachOther, probe, undisturbed
+from gsm.probe import SamplesInfluenceEachOther, probe
 from gsm.probe_buffers import check_buffers
 from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
 from gsm.tracked import Tracked
+from gsm.undisturbed import undisturbed
 
 OUTSIDE = (
     "it was used outside the wrapped model's forward (in the loss, say), so that share of its per-sample gradient is "
@@ -139,15 +140,19 @@ class CapturePlan:
         self.refresh()
         while True:
             try:
-                self._know(args, kwargs, size)
-                return self.capture.run_pass(self.capture.forwards[""], args, kwargs, size)
+                new = self._know(args, kwargs, size)
+                out = self.capture.run_pass(self.capture.forwards[""], args, kwargs, size)
+                if new:
+                    self.capture.check_all_seen(tensors_in(out))
+                return out
             except Unresolvable as error:  # of the probe, or of a batch that took a path which the probe did not
                 self._escalate(error)
 
-    def _know(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> None:
-        """Fills ``tape.layouts`` for this kind of input."""
+    def _know(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:
+        """Fills ``tape.layouts`` for this kind of input; whether it is a new one."""
         kind = signature(args, kwargs)
-        if kind not in self.probed and size > 0:
+        new = kind not in self.probed and size > 0
+        if new:
             root = self.capture.forwards[""]
             probe(self.capture, root, args, kwargs, size, self.strict)
             if self.strict:
@@ -155,6 +160,7 @@ class CapturePlan:
                     check_buffers(self.root, lambda values: root.original(*values[0], **values[1]), (args, kwargs))
             self.probed[kind] = self.tape.layouts
         self.tape.layouts = self.probed.get(kind, {})
+        return new
 
     def _escalate(self, error: Unresolvable) -> None:
         """Hands the module that owns the parameter to the next rung, or the module above it."""
@@ -183,6 +189,10 @@ class CapturePlan:
             inside = any(not s or path == s or path.startswith(s + ".") for s in self.subtrees)
             if param is not None and not inside and any(p is param for p in module._parameters.values()):
                 return path
+        # It is used outside of every module that owns it: the one above is the next that can be taken whole.
+        for path in [p for p in self.subtrees if p and param is not None]:
+            if any(p is param for p in self.root.get_submodule(path).parameters()):
+                return self._above(path)
         raise error
 
     def _above(self, path: str) -> str:

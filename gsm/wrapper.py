@@ -239,6 +239,28 @@ def _check(model: nn.Module, loss_reduction: str, mode: str) -> None:
         raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, not {mode!r}")
+    for path, module in model.named_modules():
+        if getattr(module.__dict__.get("forward"), "capture", None) is not None:
+            raise ValueError(
+                f"{path} is wrapped already, by itself or in another model: each of the two would take its gradients "
+                "for its own. Wrap one module that holds everything, or call remove_hooks() on the other wrapper."
+            )
+        if isinstance(module, torch.jit.ScriptModule) and any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"{path or 'the model'} is a TorchScript module, whose parameters cannot be followed: wrap "
+                "the Python module that it was made from"
+            )
+        if getattr(module, "max_norm", None) is not None and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            raise ValueError(
+                f"{path or 'the model'} has max_norm={module.max_norm}: every forward rescales the rows that the batch "
+                "uses, without noise, so the table tells who was in it. Build it with max_norm=None."
+            )
+    complex_ones = [n for n, p in model.named_parameters() if p.requires_grad and p.is_complex()]
+    if complex_ones:
+        raise ValueError(
+            f"{', '.join(complex_ones[:5])} are complex: norms and noise are defined for real parameters. Keep real "
+            "and imaginary parts as one real parameter, [..., 2], and use torch.view_as_complex in the forward."
+        )
     lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedParameter)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)} have no shape yet: run the lazy model on one batch before wrapping it")

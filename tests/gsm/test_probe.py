@@ -165,7 +165,7 @@ def test_dropout_is_no_influence_and_goes_on_as_if_nothing_had_been_tried(name: 
 
 
 class Shifted(nn.Module):
-    """Every sample sees the next one."""
+    """Every sample but the last sees the next one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Shifted(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         h = self.emb(ids)
-        return self.fc(h + h.roll(-1, 0))
+        return self.fc(h + torch.cat([h[1:], 0 * h[:1]]))
 
 
 class Centred(nn.Module):
@@ -210,6 +210,51 @@ class Averaged(nn.Module):
 def test_influence_that_hardly_shows_is_refused(model: nn.Module, x: Tensor) -> None:
     with pytest.raises(ValueError, match="Samples influence each other"):
         GradSampleModule(model)(x)
+
+
+class Leading(nn.Module):
+    """One record of the batch has a place of its own: every other sample is compared with it, or masked as it is."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.fc, self.out = how, nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "backwards inside":
+            return self.out(self.fc(x.flip(0)).flip(0))
+        if self.how == "output turned":
+            return self.out(self.fc(x)).flip(0)
+        h = self.fc(x)
+        if self.how == "first":
+            h = h - h[:1].detach()
+        elif self.how == "last":
+            h = h + h[-1:]
+        elif self.how == "mask of the first":
+            h = h * (x[0] > x[0].mean())
+        elif self.how == "the one before":
+            h = h + torch.cat([h[:1] * 0, h[:-1]])
+        elif self.how == "the one after":
+            h = h + torch.cat([h[1:], h[:1] * 0])
+        elif self.how == "one that is large":
+            h = h * (1 + (x.max() > 2))
+        elif self.how == "taken off again":  # so that the output does not show it, but the gradient does
+            after = torch.cat([h[1:], h[:1] * 0]).detach()
+            return self.out(h + after) - F.linear(after, self.out.weight.detach())
+        return self.out(h) / len(x) if self.how == "their number" else self.out(h)
+
+
+LEADING = ["first", "last", "mask of the first", "backwards inside", "output turned", "the one before", "the one after"]
+LEADING += ["one that is large", "taken off again", "their number"]
+
+
+@pytest.mark.parametrize("how", LEADING)
+@pytest.mark.parametrize("shape", [(5, 4), (5, 2, 4)], ids=["two rows", "three rows"])  # are tried
+def test_the_first_and_the_last_sample_are_neighbours_too(how: str, shape: tuple[int, ...]) -> None:
+    """They stand at the ends of both batches that are tried, so each of them has to be changed once."""
+    torch.manual_seed(0)
+    x = 0.9 + 0.1 * torch.rand(shape)
+    with pytest.raises(ValueError, match="Samples influence each other"):
+        GradSampleModule(Leading(how))(x)
 
 
 class Noisy(nn.Linear):

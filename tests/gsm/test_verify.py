@@ -314,3 +314,21 @@ class Cumulative(nn.Linear):
 def test_influence_in_one_direction_is_found(backwards: bool):
     first = influence(Cumulative(backwards), Inputs(torch.randn(3, 4), True), 1e-4, torch.zeros(1, 2))
     assert len(first) == 1 and f"when only sample {2 if backwards else 0} was changed" in first[0]
+
+
+class MixedBackward(nn.Module):
+    """Forwards keep samples apart, the gradient of one does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        h.register_hook(lambda g: g - g.mean(0))
+        return self.second(h)
+
+
+def test_a_backward_that_mixes_samples_is_found():
+    report = verify(MixedBackward(), torch.randn(4, 3))
+    assert not report.ok and "first.weight" in str(report)

@@ -1,0 +1,97 @@
+"""What surrounds a forward that is only a try: no dropout, and nothing left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+class NoDropout(TorchFunctionMode):
+    """Functional dropout and attention dropout switched off."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if "dropout" in name and args and isinstance(args[0], Tensor):
+            return args[0]
+        if func is F.scaled_dot_product_attention:
+            args = args[:4] + (0.0,) + args[5:] if len(args) > 4 else args
+            kwargs = {k: (0.0 if k == "dropout_p" else v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; random state and buffers as before afterwards."""
+    named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    held = [(m, name, b, b.detach().clone()) for m, name, b in named]
+    dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+    # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
+    hidden: list[tuple[Any, float]] = [
+        (m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
+    ]
+    devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
+    try:
+        for m in dropouts:
+            m.training = False
+        for layer, _ in hidden:
+            layer.dropout = 0.0
+        with torch.random.fork_rng(devices=devices), NoDropout():
+            yield
+    finally:
+        for m in dropouts:
+            m.training = True
+        for layer, p in hidden:
+            layer.dropout = p
+        with torch.no_grad():
+            for module, name, b, before in held:
+                module._buffers[name] = b  # a forward may have put another tensor in its place
+                if b.shape == before.shape:
+                    b.copy_(before)
+
+
+@contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[list[str]]:
+    """Tensors that a forward leaves on its modules (a state for the next one) are taken away again afterwards.
+
+    Yields a list that is filled, at the end, with the names of those that were there.
+    """
+    before = [(path, m, {k: v for k, v in m.__dict__.items() if _may_hold(v)}) for path, m in model.named_modules()]
+    left: list[str] = []
+    try:
+        yield left
+    finally:
+        for path, m, held in before:
+            for name, value in list(m.__dict__.items()):
+                if isinstance(value, Tensor) and value is not held.get(name):
+                    left.append(f"{path}.{name}" if path else name)
+                    if name in held:
+                        m.__dict__[name] = held[name]
+                    else:
+                        del m.__dict__[name]
+
+
+def _may_hold(value: Any) -> bool:
+    return value is None or isinstance(value, Tensor)
+
+
+@contextmanager
+def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Bytes that autograd saves inside, by address, the model's own tensors left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def note(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return x.detach()  # an operation that saves its own output would otherwise keep itself alive for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        yield found
