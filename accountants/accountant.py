@@ -7,14 +7,20 @@ its state dict loads in the other's accountant of the same name.
 from __future__ import annotations
 
 import abc
+import math
 from collections import OrderedDict
 from collections.abc import Callable, MutableMapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
+
+import numpy as np
 
 from . import checks
 from .assumptions import RELATIONS, SAMPLINGS, Segment, check_assumptions, segments
 from .dp_event import to_dp_event
+
+LEAST_DELTA = 1e-30
+"""The smallest delta that :meth:`IAccountant.get_delta` looks at."""
 
 
 class IAccountant(abc.ABC):
@@ -49,6 +55,40 @@ class IAccountant(abc.ABC):
     @abc.abstractmethod
     def get_epsilon(self, delta: float, **kwargs: Any) -> float:
         """Epsilon spent so far at ``delta`` in (0, 1); 0 for an empty history, ``inf`` where no noise was added."""
+
+    def get_epsilon_bounds(self, delta: float) -> tuple[float, float]:
+        """(lower, upper) around the true epsilon at ``delta``: a certified lower bound (:mod:`accountants.bounds`), and
+        this accountant's own upper bound."""
+        from .bounds import epsilon_bound  # which needs the formulas of an accountant
+
+        upper = self.get_epsilon(delta)
+        return min(epsilon_bound(self.segments(), checks.delta(delta), upper=False), upper), upper
+
+    def get_delta(self, epsilon: float) -> float:
+        """Smallest delta, up to 1e-9 of itself, at which :meth:`get_epsilon` is at most ``epsilon`` >= 0 (the safe
+        side); 0 for an empty history, 1 where no delta below 1 is enough."""
+        epsilon = checks.epsilon(epsilon)
+        if not self.history:
+            return 0.0
+        low, high = math.log(LEAST_DELTA), math.log1p(-(2.0**-53))
+        if self.get_epsilon(math.exp(high)) > epsilon:
+            return 1.0
+        while high - low > 1e-9:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.get_epsilon(math.exp(middle)) <= epsilon else (middle, high)
+        return math.exp(high)
+
+    def epsilon_curve(self, delta: float) -> np.ndarray:
+        """Epsilon at ``delta`` after every step of the history, an array of :attr:`num_steps`, rising."""
+        meter = copy(self)
+        meter.history = []
+        values = []
+        for sigma, q, count in self.history:
+            meter.history.append((sigma, q, 0))
+            for done in range(1, checks.steps(count, "num_steps") + 1):
+                meter.history[-1] = (sigma, q, done)
+                values.append(meter.get_epsilon(delta))
+        return np.maximum.accumulate(np.array(values, dtype=float)) if values else np.zeros(0)
 
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None:
         """Charge one step.

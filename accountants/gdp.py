@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import warnings
 
+import numpy as np
 from scipy.special import ndtr
 
 from . import checks, gaussian
 from .accountant import IAccountant
 from .assumptions import Segment
+from .bounds import epsilon_bound
 from .rdp import refuse_exchanged
 
 
@@ -41,6 +43,30 @@ class GaussianAccountant(IAccountant):
             ApproximateEpsilonWarning: each time, unless the history is not sampled (q = 1), where the value is exact.
         """
         delta = checks.delta(delta)
+        mu = self._mu(poisson)
+        return gaussian.ClosedForm(1 / mu, 1.0).epsilon(delta, upper=True) if 0 < mu < math.inf else mu
+
+    def get_epsilon_bounds(self, delta: float) -> tuple[float, float]:
+        """(lower, upper) around the true epsilon at ``delta``, both certified: this accountant's own value is no bound,
+        and may lie outside."""
+        delta, parts = checks.delta(delta), self.segments()
+        refuse_exchanged(parts, "gdp")
+        upper = epsilon_bound(parts, delta, upper=True)
+        return min(epsilon_bound(parts, delta, upper=False), upper), upper
+
+    def get_delta(self, epsilon: float) -> float:
+        """Approximate delta at ``epsilon`` >= 0, with the warning of :meth:`get_epsilon`."""
+        epsilon, mu = checks.epsilon(epsilon), self._mu(True)
+        return gaussian.ClosedForm(1 / mu, 1.0).delta(epsilon, upper=True) if 0 < mu < math.inf else min(mu, 1.0)
+
+    def epsilon_curve(self, delta: float) -> np.ndarray:
+        """Approximate epsilon at ``delta`` after every step, with one warning for all."""
+        self._mu(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ApproximateEpsilonWarning)
+            return super().epsilon_curve(delta)
+
+    def _mu(self, poisson: bool) -> float:
         parts = self.segments()
         refuse_exchanged(parts, "gdp")
         if any(part.noise_multiplier == 0 for part in parts):
@@ -48,14 +74,12 @@ class GaussianAccountant(IAccountant):
         if any(not part.is_gaussian for part in parts):
             warnings.warn(
                 "this epsilon is the central-limit approximation ('gdp') and can be below the truth: for a bound use "
-                "the "
-                "'pld' or 'prv' accountant. Silence: warnings.filterwarnings('ignore', "
+                "the 'pld' or 'prv' accountant. Silence: warnings.filterwarnings('ignore', "
                 "category=accountants.ApproximateEpsilonWarning)",
                 ApproximateEpsilonWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        mu = math.sqrt(math.fsum(_squared_mu(part, poisson) for part in parts))
-        return gaussian.ClosedForm(1 / mu, 1.0).epsilon(delta, upper=True) if 0 < mu < math.inf else mu
+        return math.sqrt(math.fsum(_squared_mu(part, poisson) for part in parts))
 
 
 def _squared_mu(part: Segment, poisson: bool) -> float:

@@ -15,11 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from . import checks
 from .accountant import IAccountant
-from .assumptions import segments
 from .bounds import delta_bound, epsilon_bound
 from .stepping import Follower
 
@@ -49,18 +46,6 @@ class PLDAccountant(IAccountant):
         noise."""
         return self._follower().epsilon(self.segments(), checks.delta(delta))
 
-    def epsilon_curve(self, delta: float) -> np.ndarray:
-        """Epsilon at ``delta`` after every step of the history, an array of :attr:`num_steps` upper bounds, rising."""
-        delta = checks.delta(delta)
-        meter = type(self)(sampling=self.sampling, relation=self.relation)
-        values = []
-        for sigma, q, count in self.history:
-            for done in range(1, checks.steps(count, "num_steps") + 1):
-                entries = [*meter.history, (sigma, q, done)]
-                values.append(meter._follower().epsilon(segments(entries, self.sampling, self.relation), delta))
-            meter.history.append((sigma, q, count))
-        return np.maximum.accumulate(np.array(values, dtype=float)) if values else np.zeros(0)
-
     def _follower(self) -> Follower:
         """The memory of the last answers; made when it is needed, so that copies and state dicts carry none."""
         if "_memory" not in self.__dict__:
@@ -71,7 +56,7 @@ class PLDAccountant(IAccountant):
         return {name: value for name, value in self.__dict__.items() if name != "_memory"}
 
     def get_epsilon_bounds(self, delta: float) -> tuple[float, float]:
-        """(lower, upper) around the true epsilon at ``delta``.
+        """(lower, upper) around the true epsilon at ``delta``, both certified.
 
         Close together, but for batches of fixed size (:mod:`accountants.fixed_size`): there the worst neighbours are
         not known, and the two can be a quarter apart.

@@ -216,6 +216,6 @@ def checked_bound(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"max_grad_norm must be a positive number, got {value!r}.") from None
-    if not (number > 0 and math.isfinite(number)):
+    if not 0 < number <= torch.finfo(torch.float32).max:  # norms and weights may be float32
         raise ValueError(f"max_grad_norm must be positive and finite, got {value!r}: it is the l2 bound on one record.")
     return number

@@ -54,6 +54,7 @@ class GaussianNoise:
     def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
         self._refreshed = False
+        self._process = os.getpid()
 
     def refresh(self) -> None:
         """From here on every key comes from the operating system, whatever is seeded: a resumed run must not repeat its
@@ -64,6 +65,8 @@ class GaussianNoise:
         if std == 0 or not tensors:
             return
         check_dtypes(tensors)
+        if os.getpid() != self._process:
+            self.refresh()  # a forked process inherits the generator's state, and would repeat its parent's noise
         host = [t for t in tensors if t.is_cpu]
         if len(host) == len(tensors) and sum(t.numel() for t in host) <= FEW and self._draws_itself():
             return self._add_few(host, std)

@@ -29,6 +29,7 @@ from gsm.optimizer_checks import (
     check_finite,
     check_settings,
     check_wrapped,
+    checked_rate,
 )
 from gsm.optimizer_interface import Accountant, OptimizerInterface
 from gsm.release import PendingRelease
@@ -274,11 +275,7 @@ class DPOptimizer(OptimizerInterface):
     def _charge(self) -> None:
         if self.accountant is None:
             return
-        if self.sample_rate is None:
-            raise ValueError("optimizer.accountant is set but optimizer.sample_rate is not: set both.")
-        if not 0 <= self.sample_rate <= 1:
-            raise ValueError(f"optimizer.sample_rate must lie in [0, 1], got {self.sample_rate!r}.")
-        rate = min(1.0, self.sample_rate * self._pending.samples)
+        rate = min(1.0, checked_rate(self.accountant, self.sample_rate) * self._pending.samples)
         if self.journal is not None:
             self.journal.record(noise_multiplier=self.noise_multiplier, sample_rate=rate)
         self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -120,6 +121,19 @@ def check_alone() -> None:
     """Raises ValueError where several processes train: this optimizer does not sum over them."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(SEVERAL_RANKS.format(n=dist.get_world_size()))
+
+
+def checked_rate(accountant: Any, sample_rate: float | None) -> float:
+    """The sample rate; raises TypeError or ValueError where nothing could be charged."""
+    if not callable(getattr(accountant, "step", None)):
+        raise TypeError(
+            f"optimizer.accountant must be an accountant, got {accountant!r}: accountants.create_accountant makes one."
+        )
+    if sample_rate is None:
+        raise ValueError("optimizer.accountant is set but optimizer.sample_rate is not: set both.")
+    if not (isinstance(sample_rate, Real) and 0 <= sample_rate <= 1):
+        raise ValueError(f"optimizer.sample_rate must lie in [0, 1], got {sample_rate!r}.")
+    return float(sample_rate)
 
 
 def check_finite(optimizer: Optimizer, params: Sequence[nn.Parameter], sums: Sequence[Tensor], weights: Tensor) -> None:

@@ -99,7 +99,7 @@ def probe(
     for attempt in range(4):
         logs: list[Log] = []
         outputs = []
-        with undisturbed(capture.root):
+        with undisturbed(capture.root) as random_numbers:
             for n, skip in ((first, 0), (second, first)):
                 log = Log()
                 log.dry = attempt == 0
@@ -108,51 +108,75 @@ def probe(
                     outputs.append(capture.run_pass(forward, a, k, n, log))
                 logs.append(log)
                 tape.planner.activation_bytes = sum(saved.values()) / n
-        tape.layouts = learned(logs[0], logs[1], first, second, strict)
+            # A model that draws random numbers draws others at another size: then equal sizes are compared, below.
+            draws = random_numbers.drawn()
+        tape.layouts = learned(logs[0], logs[1], first, second, strict and not draws)
         if not (logs[0].skipped or logs[1].skipped) and all(_as_taken(log, tape.layouts) for log in logs):
             break
     if strict:
-        for x, y in zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False):
-            _check_influence(x, y, first, second, compare(x, y, first, second), "the model's output")
-        for end in (0, -1):
-            values = resized((args, kwargs), size, first, tape.batch_first, 0, capture.has_bags, end)
-            _check_end(capture, forward, values, (first, second), end, logs[0], outputs)
+        if not draws:
+            for x, y in zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False):
+                _check_influence(x, y, first, second, compare(x, y, first, second), "the model's output")
+        # Samples left out, the one that is changed; then those that are the same as before.
+        others: list[tuple[int, int | None, tuple[int, ...]]] = [(0, 0, (-1,)), (0, -1, (0,))]
+        if draws:
+            others.append((first, None, (0, -1)))
+        base = _tried(capture, forward, args, kwargs, (size, first)) if draws else (logs[0], tensors_in(outputs[0]))
+        pairs = zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False)
+        layouts = [compare(x, y, first, second) for x, y in pairs]
+        for skip, other, ends in others:
+            new = _tried(capture, forward, args, kwargs, (size, first), skip, other)
+            _check_same_size(tape.layouts, layouts, first, base, new, ends)
         if left:
             _check_forgets(capture, forward, resized((args, kwargs), size, first, tape.batch_first), first, left)
         if named_scalars(outputs[0]):
             _check_scalars(capture, forward, args, kwargs, size)
 
 
-def _check_end(
+Tried = tuple[Log, list[Tensor]]
+
+
+def _tried(
     capture: Capture,
     forward: CapturedForward,
-    values: tuple[tuple[Any, ...], dict[str, Any]],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
     sizes: tuple[int, int],
-    end: int,
-    log: Log,
-    outputs: list[Any],
-) -> None:
-    """Refuses a model in which the first sample moves the last or the last the first: both were the same so far."""
-    first, second = sizes
-    new = Log()
-    new.dry = True
+    skip: int = 0,
+    other: int | None = None,
+) -> Tried:
+    """A forward on other samples, always with the same random numbers: what it met and what it gave."""
+    log = Log()
+    log.dry = True
+    a, k = resized((args, kwargs), *sizes, capture.tape.batch_first, skip, capture.has_bags, other)
     with undisturbed(capture.root), attributes_restored(capture.root):
-        out = tensors_in(capture.run_pass(forward, *values, first, new))
-    for key, seen in log.items():
-        if key in new and not seen.picked and not new[key].picked:
-            layout = capture.tape.layouts.get(key)
-            _check_influence(seen.x, new[key].x, first, first, layout, key[0], ends=(-1 - end,))
-    for x, other, y in zip(*map(tensors_in, outputs), out, strict=False):
-        layout = compare(x, other, first, second)
-        _check_influence(x, y, first, first, layout, "the model's output", ends=(-1 - end,))
+        return log, tensors_in(capture.run_pass(forward, a, k, sizes[1], log))
+
+
+def _check_same_size(
+    layouts: dict[tuple[str, int], Layout | None],
+    of_outputs: list[Layout | None],
+    size: int,
+    base: Tried,
+    new: Tried,
+    ends: tuple[int, ...],
+) -> None:
+    """Refuses a model in which other samples move those at ``ends``: as many of them, and the same random numbers."""
+    for key, seen in base[0].items():
+        if key in new[0] and not seen.picked and not new[0][key].picked:
+            _check_influence(seen.x, new[0][key].x, size, size, layouts.get(key), key[0], ends)
+    for x, y, layout in zip(base[1], new[1], of_outputs, strict=False):
+        _check_influence(x, y, size, size, layout, "the model's output", ends)
 
 
 def _check_forgets(capture: Capture, forward: CapturedForward, inputs: Any, size: int, left: list[str]) -> None:
     """Refuses a model whose output depends on what an earlier forward left on it: batches influence each other."""
     log = Log()
     log.dry = True
-    with undisturbed(capture.root), attributes_restored(capture.root):
-        one, two = (tensors_in(capture.run_pass(forward, inputs[0], inputs[1], size, log)) for _ in range(2))
+    with undisturbed(capture.root) as random_numbers, attributes_restored(capture.root):
+        one = tensors_in(capture.run_pass(forward, inputs[0], inputs[1], size, log))
+        random_numbers.again()
+        two = tensors_in(capture.run_pass(forward, inputs[0], inputs[1], size, log))
     if not all(_same(x.detach(), y.detach()) for x, y in zip(one, two, strict=True)):
         raise SamplesInfluenceEachOther(
             f"The model's output depends on what the forward before left on it ({', '.join(sorted(left)[:3])}): the "

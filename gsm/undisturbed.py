@@ -26,8 +26,29 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class RandomNumbers:
+    """What torch's generators were when this was made."""
+
+    def __init__(self, devices: list[int]):
+        self._devices = devices
+        self._before = self._states()
+
+    def _states(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
+
+    def drawn(self) -> bool:
+        """Whether they were used since."""
+        return not all(map(torch.equal, self._before, self._states()))
+
+    def again(self) -> None:
+        """From here on the same numbers once more."""
+        torch.set_rng_state(self._before[0])
+        for device, state in zip(self._devices, self._before[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[RandomNumbers]:
     """No dropout inside; random state and buffers as before afterwards."""
     named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     held = [(m, name, b, b.detach().clone()) for m, name, b in named]
@@ -43,7 +64,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for layer, _ in hidden:
             layer.dropout = 0.0
         with torch.random.fork_rng(devices=devices), NoDropout():
-            yield
+            yield RandomNumbers(devices)
     finally:
         for m in dropouts:
             m.training = True

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import opacus.accountants
 import pytest
 
 import accountants
-from accountants import IAccountant, create_accountant, register_accountant
+from accountants import IAccountant, PLDAccountant, create_accountant, register_accountant
 
 NAMES = ["rdp", "gdp", "prv", "pld"]
 
@@ -111,6 +112,47 @@ def test_empty_and_noiseless(accountant: IAccountant) -> None:
     assert accountant.get_epsilon(1e-5) == 0
     accountant.history = [(0.0, 0.01, 1)]
     assert accountant.get_epsilon(1e-5) == math.inf
+
+
+@pytest.mark.filterwarnings("ignore::accountants.ApproximateEpsilonWarning")
+def test_bounds_delta_and_curve_of_every_accountant(accountant: IAccountant) -> None:
+    """They say the same as get_epsilon, on the safe side; only the approximation may leave its certified bounds."""
+    accountant.history = [(1.1, 256 / 60000, 40), (1.3, 0.01, 20)]
+    epsilon, (lower, upper) = accountant.get_epsilon(1e-5), accountant.get_epsilon_bounds(1e-5)
+    certified = PLDAccountant()
+    certified.history = accountant.history
+    assert lower == certified.get_epsilon_bounds(1e-5)[0] and 0 < lower <= certified.get_epsilon(1e-5) <= upper
+    assert lower <= epsilon <= upper or accountant.mechanism() == "gdp"
+    delta = accountant.get_delta(epsilon)
+    assert accountant.get_delta(1.01 * epsilon) < delta <= 1e-5 * (1 + 1e-4)
+    assert delta >= (0.5 if accountant.mechanism() == "prv" else 0.99) * 1e-5
+    curve = accountant.epsilon_curve(1e-5)
+    assert curve.shape == (60,) and (np.diff(curve) >= 0).all()
+    assert curve[-1] == pytest.approx(epsilon, abs=0.011 if accountant.mechanism() == "prv" else 1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::accountants.ApproximateEpsilonWarning")
+def test_bounds_delta_and_curve_at_the_ends(accountant: IAccountant) -> None:
+    assert accountant.get_epsilon_bounds(1e-5) == (0.0, 0.0) and accountant.get_delta(1.0) == 0.0
+    assert accountant.epsilon_curve(1e-5).shape == (0,)
+    accountant.history = [(0.0, 0.5, 2)]
+    assert accountant.get_epsilon_bounds(1e-5) == (math.inf, math.inf) and accountant.get_delta(1.0) == 1.0
+    assert accountant.epsilon_curve(1e-5).tolist() == [math.inf] * 2
+    accountant.history = [(1.0, 1e-9, 1)]
+    assert 0 <= accountant.get_delta(2.0) <= 1e-9
+    with pytest.raises(ValueError, match="epsilon"):
+        accountant.get_delta(-1.0)
+    with pytest.raises(ValueError, match="delta"):
+        accountant.get_epsilon_bounds(0.0)
+
+
+@pytest.mark.parametrize("name", ["prv", "gdp"])
+def test_what_an_accountant_does_not_certify_it_refuses_everywhere(name: str) -> None:
+    accountant = type(create_accountant(name))(relation="replace_one")
+    accountant.history = [(1.0, 0.01, 10)]
+    for ask in (accountant.get_epsilon_bounds, accountant.get_delta, accountant.epsilon_curve):
+        with pytest.raises(ValueError, match="certifies nothing"):
+            ask(0.5)
 
 
 def test_describe_names_what_the_number_rests_on(accountant: IAccountant) -> None:

@@ -78,3 +78,11 @@ def test_bad_orders_are_refused() -> None:
 def test_renyi_divergences_add_up() -> None:
     one, two = rdp((1.0, 0.01, 5)), rdp((1.0, 0.01, 10))
     np.testing.assert_allclose(2 * one.get_rdp([2, 8.5]), two.get_rdp([2, 8.5]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [0.004, 0.01, 0.015, 1e-4])
+def test_next_to_no_noise_is_answered_at_once_and_from_above(sigma: float) -> None:
+    """The integral would need millions of nodes there; the bound in its place is at least the moment itself."""
+    order = 10.5
+    exact = mp.log(0.01) * order + mp.mpf(order) * (order - 1) / (2 * mp.mpf(sigma) ** 2)  # its largest term
+    assert exact <= log_moment(sigma, 0.01, order) <= exact + (order - 1) * mp.log(100) + 1e-9 * exact

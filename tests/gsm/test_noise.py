@@ -1,6 +1,8 @@
+
 """Noise is Gaussian, reproducible from its generator, and the same on any number of threads."""
 
 import copy
+import os
 import pickle
 
 import numpy as np
@@ -147,3 +149,27 @@ def test_no_tensor_is_left_without_noise_because_it_is_on_another_device(monkeyp
     host, other = torch.zeros(3), torch.zeros(3, device="meta")
     GaussianNoise().add_([host, other], 1.0, 1.0)
     assert drawn_on == ["meta"] and bool((host != 0).all())
+
+
+def test_a_forked_process_does_not_repeat_its_parents_noise():
+    """Equal noise on two sums cancels in their difference."""
+    if not hasattr(os, "fork"):
+        return
+    noise, read, write = GaussianNoise(torch.Generator().manual_seed(0)), *os.pipe()
+    torch.set_num_threads(1)
+    child = os.fork()
+    total = torch.zeros(4)
+    if child == 0:
+        try:
+            noise.add_([total], 1.0, 1.0)
+            os.write(write, total.numpy().tobytes())
+        finally:
+            os._exit(0)
+    noise.add_([total], 1.0, 1.0)
+    os.waitpid(child, 0)
+    theirs = torch.frombuffer(bytearray(os.read(read, 16)), dtype=torch.float32)
+    os.close(read)
+    os.close(write)
+    expected = torch.zeros(4)
+    GaussianNoise(torch.Generator().manual_seed(0)).add_([expected], 1.0, 1.0)
+    assert torch.equal(total, expected) and bool((theirs != total).all()) and bool((theirs != 0).all())

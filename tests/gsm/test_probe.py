@@ -262,6 +262,72 @@ class Noisy(nn.Linear):
         return super().forward(x + torch.randn_like(x))
 
 
+class Random(nn.Module):
+    """Forwards that draw their own random numbers: each sample alone, or mixed by one more operation."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.a, self.b, self.times = how, nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.how == "latent":  # a variational autoencoder's
+            h = h + torch.randn_like(h) * (0.5 * h).exp()
+        elif self.how == "times":  # a diffusion model's
+            h = h + self.times(torch.randint(10, (len(x),)))
+        elif self.how == "paths":  # stochastic depth of one's own
+            h = x + h * h.new_empty(len(x), 1).bernoulli_(0.5)
+        elif self.how == "rows":
+            h = (h.unsqueeze(1) + torch.randn(len(x), 3, 4, dtype=x.dtype)).flatten(0, 1)
+            return self.b(h).view(len(x), -1)
+        elif self.how == "mean":
+            h = h + torch.randn_like(h) - h.mean(0)
+        elif self.how == "order":
+            h = h[torch.randperm(len(x))] + h
+        elif self.how == "largest":
+            h = torch.rand_like(h) + h / h.detach().abs().max()
+        elif self.how == "one in the middle":
+            h = torch.rand_like(h) + h + h[len(h) // 2]
+        elif self.how == "kept":
+            self.last = h = h + torch.randn_like(h)
+        return self.b(h)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("how", ["latent", "times", "paths", "rows"])
+def test_random_numbers_are_no_influence(how: str, mode: str) -> None:
+    """The truth is ordinary autograd of each sample's loss through the whole batch's forward, same random numbers."""
+    model, x = Random(how).double(), torch.randn(5, 4, dtype=torch.float64)
+    params = list(model.parameters())
+    torch.manual_seed(3)
+    losses = model(x).pow(2).sum(1)
+    each = [torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) for loss in losses]
+    norms = [sum(g.pow(2).sum() for g in grads if g is not None).sqrt() for grads in each]
+    wrapped = GradSampleModule(model, mode=mode, loss_reduction="sum")
+    torch.manual_seed(3)  # the probe leaves the random state as it was
+    wrapped(x).pow(2).sum().backward()
+    torch.testing.assert_close(wrapped.per_sample_gradient_norms, torch.stack(norms), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "loop"])
+@pytest.mark.parametrize("how", ["mean", "order", "largest", "one in the middle"])
+def test_random_numbers_hide_no_influence(how: str, mode: str) -> None:
+    with pytest.raises(SamplesInfluenceEachOther):
+        GradSampleModule(Random(how), mode=mode)(torch.randn(5, 4))
+
+
+def test_random_numbers_are_no_state() -> None:
+    GradSampleModule(Random("kept"))(torch.randn(5, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+@pytest.mark.parametrize("how", ["latent", "times", "paths", "rows"])
+def test_random_numbers_run_in_subtrees(how: str, mode: str) -> None:
+    wrapped = GradSampleModule(Random(how), mode=mode)
+    wrapped(torch.randn(5, 4)).pow(2).sum().backward()
+    assert all(p.grad_sample.shape == (5, *p.shape) for p in wrapped._module.b.parameters())
+
+
 def test_random_numbers_go_on_as_if_nothing_had_been_tried() -> None:
     plain, x = Noisy(3, 2), torch.randn(4, 3)
     torch.manual_seed(1)
