@@ -119,14 +119,15 @@ def probe(
                 _check_influence(x, y, first, second, compare(x, y, first, second), "the model's output")
         # Samples left out, the one that is changed; then those that are the same as before.
         others: list[tuple[int, int | None, tuple[int, ...]]] = [(0, 0, (-1,)), (0, -1, (0,))]
+        n, base = first, (logs[0], tensors_in(outputs[0]))
         if draws:
-            others.append((first, None, (0, -1)))
-        base = _tried(capture, forward, args, kwargs, (size, first)) if draws else (logs[0], tensors_in(outputs[0]))
+            others.append((second, None, (0, -1)))
+            n, base = second, _tried(capture, forward, args, kwargs, (size, second))  # at least 3: some are between
         pairs = zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False)
         layouts = [compare(x, y, first, second) for x, y in pairs]
         for skip, other, ends in others:
-            new = _tried(capture, forward, args, kwargs, (size, first), skip, other)
-            _check_same_size(tape.layouts, layouts, first, base, new, ends)
+            new = _tried(capture, forward, args, kwargs, (size, n), skip, other)
+            _check_same_size(tape.layouts, layouts, n, base, new, ends)
         if left:
             _check_forgets(capture, forward, resized((args, kwargs), size, first, tape.batch_first), first, left)
         if named_scalars(outputs[0]):

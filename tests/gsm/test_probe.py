@@ -287,7 +287,7 @@ class Random(nn.Module):
         elif self.how == "largest":
             h = torch.rand_like(h) + h / h.detach().abs().max()
         elif self.how == "one in the middle":
-            h = torch.rand_like(h) + h + h[len(h) // 2]
+            h = torch.rand_like(h) + h + h[(len(h) - 1) // 2 : (len(h) + 1) // 2].sum(0)
         elif self.how == "kept":
             self.last = h = h + torch.randn_like(h)
         return self.b(h)
