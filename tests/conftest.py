@@ -12,10 +12,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("project")
-torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    """Every test starts from the same random state, whatever ran before it."""
+    """Every test starts from the same random state and on one thread, whatever ran before it. (A forked process waits
+    for OpenMP's threads, which the fork left behind.)"""
     torch.manual_seed(0)
+    torch.set_num_threads(1)

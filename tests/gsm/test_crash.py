@@ -47,7 +47,6 @@ def resume(folder):
 
 def child(folder, seed, ready):
     """Trains until it is killed; says when it has made a release."""
-    torch.set_num_threads(1)  # the parent's OpenMP threads are not in a forked process, which would wait for them
     random.seed(seed)
     torch.manual_seed(seed)
     engine, model, optimizer, loader = resume(folder)
