@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from opacus.grad_sample import GradSampleModule as OpacusGradSampleModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -425,3 +426,9 @@ def test_create_graph_is_refused() -> None:
     x = torch.randn(4, 5, requires_grad=True)
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(wrapped(x).sum(), x, create_graph=True)
+
+
+def test_a_model_that_opacus_wrapped_is_refused() -> None:
+    """Its hooks would go on materialising every gradient beside ours."""
+    with pytest.raises(ValueError, match="The model is wrapped already"):
+        GradSampleModule(OpacusGradSampleModule(nn.Linear(2, 2)))
