@@ -415,3 +415,31 @@ def test_looking_at_buffers_puts_the_same_tensors_back() -> None:
     before = model.seen
     check_buffers(model, lambda values: model(*values[0]), ((torch.randn(3, 4),), {}))
     assert model.seen is before
+
+
+class Divided(nn.Module):
+    """Dropout of some kind, and values divided by the number of samples: that shows only between batches of two sizes,
+    which are compared where no random numbers are drawn. So dropout has to be off."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.a, self.drop = how, nn.Linear(4, 4), (OwnDropout if how == "own layer" else nn.Dropout)(0.5)
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x / len(x)
+        if self.how in ("layer", "own layer"):
+            h = self.drop(h)
+        elif self.how == "function":
+            h = F.dropout(h, 0.5)
+        elif self.how == "attention":
+            h = self.attention(h.unsqueeze(1), h.unsqueeze(1), h.unsqueeze(1), need_weights=False)[0].squeeze(1)
+        else:
+            h = F.scaled_dot_product_attention(*[h.view(-1, 1, 2, 2)] * 3, dropout_p=0.5).flatten(1)
+        return self.a(h)
+
+
+@pytest.mark.parametrize("how", ["layer", "own layer", "function", "attention", "attention as a function"])
+def test_dropout_hides_no_dependence_on_the_number_of_samples(how: str) -> None:
+    with pytest.raises(SamplesInfluenceEachOther):
+        GradSampleModule(Divided(how))(torch.randn(5, 4))
