@@ -11,9 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from gsm.random_numbers import RandomNumbers
+
 
 class NoDropout(TorchFunctionMode):
-    """Functional dropout and attention dropout switched off."""
+    """Functional dropout and attention dropout switched off; random numbers come from the default generator."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -23,28 +25,9 @@ class NoDropout(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             args = args[:4] + (0.0,) + args[5:] if len(args) > 4 else args
             kwargs = {k: (0.0 if k == "dropout_p" else v) for k, v in kwargs.items()}
+        if isinstance(kwargs.get("generator"), torch.Generator):  # of the model's own: it is not put back afterwards
+            kwargs["generator"] = None
         return func(*args, **kwargs)
-
-
-class RandomNumbers:
-    """What torch's generators were when this was made."""
-
-    def __init__(self, devices: list[int]):
-        self._devices = devices
-        self._before = self._states()
-
-    def _states(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self._devices)]
-
-    def drawn(self) -> bool:
-        """Whether they were used since."""
-        return not all(map(torch.equal, self._before, self._states()))
-
-    def again(self) -> None:
-        """From here on the same numbers once more."""
-        torch.set_rng_state(self._before[0])
-        for device, state in zip(self._devices, self._before[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager
@@ -58,14 +41,16 @@ def undisturbed(model: nn.Module) -> Iterator[RandomNumbers]:
         (m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
     ]
     devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
+    random_numbers = RandomNumbers(devices)
     try:
         for m in dropouts:
             m.training = False
         for layer, _ in hidden:
             layer.dropout = 0.0
-        with torch.random.fork_rng(devices=devices), NoDropout():
-            yield RandomNumbers(devices)
+        with NoDropout():
+            yield random_numbers
     finally:
+        random_numbers.again()
         for m in dropouts:
             m.training = True
         for layer, p in hidden:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gsm.probe import SamplesInfluenceEachOther
+from gsm.layout import SamplesInfluenceEachOther
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from grad_samplers import Sampler, lookup
 from grad_samplers.compositions import composition
 from gsm.capture import Capture, CapturedForward, Runner, tensors_in
 from gsm.layers import run_sampler
-from gsm.layout import Unresolvable
+from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
-from gsm.probe import SamplesInfluenceEachOther, probe
+from gsm.probe import probe
 from gsm.probe_buffers import check_buffers
 from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
 from gsm.subtree import VmapFails, run_subtree

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from gsm.capture import CapturedForward
+from gsm.layout import SamplesInfluenceEachOther
 from gsm.ledger import forget_tape, register_tape
 from gsm.loss_check import LossCheck
 from gsm.plan import Plan
 from gsm.planner import Planner
-from gsm.probe import SamplesInfluenceEachOther
 from gsm.tape import Tape
 from gsm.walk import CapturePlan, mixing_modules, prepare
 

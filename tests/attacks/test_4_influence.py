@@ -8,7 +8,7 @@ from torch import nn
 
 from gsm import GradSampleModule, verify
 from gsm.clipping_user import UserClipping
-from gsm.probe import SamplesInfluenceEachOther
+from gsm.layout import SamplesInfluenceEachOther
 from tests.attacks.tools import CE, FEATURES, data, mlp, step, training, watched
 
 X, Y = data(8).tensors

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
+import random
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gsm.layout import Layout
-from gsm.probe import SamplesInfluenceEachOther, compare, sizes_for
+from gsm.layout import Layout, SamplesInfluenceEachOther
 from gsm.probe_buffers import check_buffers
+from gsm.shown import compare
+from gsm.trial import sizes_for
 from gsm.wrapper import GradSampleModule
 from tests.compare import check
 
@@ -268,6 +271,7 @@ class Random(nn.Module):
     def __init__(self, how: str):
         super().__init__()
         self.how, self.a, self.b, self.times = how, nn.Linear(4, 4), nn.Linear(4, 4), nn.Embedding(10, 4)
+        self.generator = torch.Generator().manual_seed(7)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
@@ -290,27 +294,70 @@ class Random(nn.Module):
             h = torch.rand_like(h) + h + h[(len(h) - 1) // 2 : (len(h) + 1) // 2].sum(0)
         elif self.how == "kept":
             self.last = h = h + torch.randn_like(h)
+        elif self.how == "number":  # of the samples, and nothing else of them
+            h = (h + torch.rand_like(h)) / len(x)
+        elif self.how == "number of the output":
+            return self.b(h + torch.rand_like(h)) * len(x)
+        elif self.how == "number inside":
+            return F.linear((h + torch.rand_like(h)) / len(x), self.b.weight) * len(x)
+        elif self.how == "at random":
+            h = h + h[(len(h) - 1) // 2 : (len(h) + 1) // 2].sum(0) * (torch.rand_like(h) - 0.5)
+        elif self.how == "number, by numpy":
+            h = h / len(x) + numpy.random.rand()
+        elif self.how == "rows by numpy":
+            h = h * torch.as_tensor(numpy.random.rand(len(x), 1)).to(h)
+        elif self.how == "masks by numpy":  # as of speech: sample by sample, twice
+            for _ in range(2):
+                masks = [numpy.random.choice(4, 2, replace=False) for _ in x]
+                h = h.scatter(1, torch.tensor(numpy.stack(masks)), 0.0)
+        elif self.how == "of one's own":
+            h = h + torch.randn(h.shape, generator=self.generator, dtype=h.dtype)
+        elif self.how == "slopes":
+            h = torch.nn.functional.rrelu(h, training=True)
+        elif self.how == "chosen":
+            h = h + self.times(torch.multinomial(h.detach().softmax(-1), 2, replacement=True)).sum(1)
+        elif self.how == "gumbel":
+            h = torch.nn.functional.gumbel_softmax(h)
+        elif self.how == "parts":  # which are left out, the same for all
+            h = h[:, torch.randperm(4)] + h
+        elif self.how == "counts":
+            h = h + torch.poisson(2 * h.detach().exp()) * torch.distributions.Gamma(h.exp(), 1.0).rsample()
+        elif self.how == "python":
+            h = h * (2 + random.random()) + numpy.random.rand()
         return self.b(h)
 
 
+MIXING = ["mean", "order", "largest", "one in the middle", "at random"]
+MIXING += ["number", "number inside", "number of the output", "number, by numpy"]
+ALONE = ["latent", "times", "paths", "rows", "slopes", "chosen", "gumbel", "parts", "python", "of one's own"]
+ALONE += ["counts", "rows by numpy", "masks by numpy"]
+
+
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-@pytest.mark.parametrize("how", ["latent", "times", "paths", "rows"])
+@pytest.mark.parametrize("how", ALONE)
 def test_random_numbers_are_no_influence(how: str, mode: str) -> None:
     """The truth is ordinary autograd of each sample's loss through the whole batch's forward, same random numbers."""
     model, x = Random(how).double(), torch.randn(5, 4, dtype=torch.float64)
     params = list(model.parameters())
-    torch.manual_seed(3)
+
+    def seed() -> None:
+        torch.manual_seed(3)
+        random.seed(3)
+        numpy.random.seed(3)
+        model.generator.manual_seed(3)
+
+    seed()
     losses = model(x).pow(2).sum(1)
     each = [torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True) for loss in losses]
     norms = [sum(g.pow(2).sum() for g in grads if g is not None).sqrt() for grads in each]
     wrapped = GradSampleModule(model, mode=mode, loss_reduction="sum")
-    torch.manual_seed(3)  # the probe leaves the random state as it was
+    seed()  # the probe leaves the random state as it was
     wrapped(x).pow(2).sum().backward()
     torch.testing.assert_close(wrapped.per_sample_gradient_norms, torch.stack(norms), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "loop"])
-@pytest.mark.parametrize("how", ["mean", "order", "largest", "one in the middle"])
+@pytest.mark.parametrize("how", MIXING)
 def test_random_numbers_hide_no_influence(how: str, mode: str) -> None:
     with pytest.raises(SamplesInfluenceEachOther):
         GradSampleModule(Random(how), mode=mode)(torch.randn(5, 4))
@@ -321,7 +368,7 @@ def test_random_numbers_are_no_state() -> None:
 
 
 @pytest.mark.parametrize("mode", ["functorch", "loop"])
-@pytest.mark.parametrize("how", ["latent", "times", "paths", "rows"])
+@pytest.mark.parametrize("how", ALONE)
 def test_random_numbers_run_in_subtrees(how: str, mode: str) -> None:
     wrapped = GradSampleModule(Random(how), mode=mode)
     wrapped(torch.randn(5, 4)).pow(2).sum().backward()
@@ -417,29 +464,43 @@ def test_looking_at_buffers_puts_the_same_tensors_back() -> None:
     assert model.seen is before
 
 
-class Divided(nn.Module):
-    """Dropout of some kind, and values divided by the number of samples: that shows only between batches of two sizes,
-    which are compared where no random numbers are drawn. So dropout has to be off."""
+class Dropping(nn.Module):
+    """Dropout of some kind, and values divided by ``number`` or by the number of samples."""
 
-    def __init__(self, how: str):
+    def __init__(self, how: str, number: int | None = None):
         super().__init__()
         self.how, self.a, self.drop = how, nn.Linear(4, 4), (OwnDropout if how == "own layer" else nn.Dropout)(0.5)
         self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+        self.number, self.calls = number, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        h = x / len(x)
+        self.calls += 1
+        h = x / (self.number or len(x))
         if self.how in ("layer", "own layer"):
             h = self.drop(h)
         elif self.how == "function":
-            h = F.dropout(h, 0.5)
+            h = F.dropout(h, 0.5, self.training)
         elif self.how == "attention":
             h = self.attention(h.unsqueeze(1), h.unsqueeze(1), h.unsqueeze(1), need_weights=False)[0].squeeze(1)
         else:
-            h = F.scaled_dot_product_attention(*[h.view(-1, 1, 2, 2)] * 3, dropout_p=0.5).flatten(1)
+            p = 0.5 if self.training else 0.0
+            h = F.scaled_dot_product_attention(*[h.view(-1, 1, 2, 2)] * 3, dropout_p=p).flatten(1)
         return self.a(h)
 
 
-@pytest.mark.parametrize("how", ["layer", "own layer", "function", "attention", "attention as a function"])
+DROPOUTS = ["layer", "own layer", "function", "attention", "attention as a function"]
+
+
+@pytest.mark.parametrize("how", DROPOUTS)
 def test_dropout_hides_no_dependence_on_the_number_of_samples(how: str) -> None:
     with pytest.raises(SamplesInfluenceEachOther):
-        GradSampleModule(Divided(how))(torch.randn(5, 4))
+        GradSampleModule(Dropping(how))(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("how", DROPOUTS)
+def test_dropout_is_off_while_probing(how: str) -> None:
+    """A model without random numbers is probed with fewer forwards, and what they show is known for certain."""
+    models = Dropping(how, 3), Dropping(how, 3).eval()
+    for model in models:
+        GradSampleModule(model)(torch.randn(5, 4))
+    assert models[0].calls == models[1].calls

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gsm.layout import SamplesInfluenceEachOther
 from gsm.ledger import collect
-from gsm.probe import SamplesInfluenceEachOther
 from gsm.wrapper import GradSampleModule
 from tests.compare import captured
 from tests.loop import per_sample_loop, projection_loss

@@ -1,0 +1,113 @@
+"""A forward on a few of the samples, to see what it does: nothing of it stays."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_map
+
+from gsm.bags import bags_in, regrouped
+from gsm.capture import Capture, CapturedForward, tensors_in
+from gsm.locate import Log
+from gsm.undisturbed import attributes_restored, undisturbed
+
+_SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
+
+
+def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
+    """Two batch sizes that are not the size of any dimension of the inputs (but for the batch itself)."""
+    taken = {n for x in inputs for n in x.shape}
+    free = [n for n in _SIZES if n not in taken]
+    return (free[0], free[1]) if len(free) > 1 else (_SIZES[0], _SIZES[1])
+
+
+def resized(
+    value: Any, size: int, new: int, batch_first: bool, skip: int = 0, bags: bool = False, other: int | None = None
+) -> Any:
+    """The arguments with ``new`` samples in place of ``size``; the one at ``other`` (0 or -1) changed.
+
+    The first and the last sample stay; between them are the second and following ones, ``skip`` of them left out.
+    Where there are too few, they come again, changed (rolled along the last dimension and, if floating, scaled): two
+    calls with different ``skip`` have the first and the last sample in common and no other. Both are needed: what
+    runs along the batch (a sum so far, a recurrence that takes the batch for time) reaches only later samples.
+    """
+    turns = [(min(i, size - 1), max(0, i - size + 1)) for i in [0, *range(1 + skip, new - 1 + skip), size - 1]]
+    if other is not None:
+        turns[other] = (turns[other][0], 1)
+    done: list[Tensor] = []
+    found = bags_in(value) if bags else None
+    if found is not None:
+        value, done = regrouped(value, found, turns)
+
+    def pick(x: Any, dim: int | None = None) -> Any:
+        if isinstance(x, PackedSequence):
+            padded, lengths = pad_packed_sequence(x)
+            return pack_padded_sequence(pick(padded, 1), pick(lengths), enforce_sorted=x.sorted_indices is None)
+        if not isinstance(x, Tensor) or x.dim() == 0 or size not in x.shape or any(x is y for y in done):
+            return x
+        if dim is None:
+            preferred = 0 if batch_first or x.dim() < 2 else 1
+            dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
+        # In their order, the last one repeated: lengths that were sorted stay sorted.
+        rows = [_changed(x.select(dim, i), times) for i, times in turns]
+        if skip and x.is_floating_point():  # neighbours that outweigh both: a maximum over the batch shows as well
+            rows[1:-1] = [3 * row for row in rows[1:-1]]
+        out = torch.stack(rows, dim)
+        return out.detach().requires_grad_(x.requires_grad) if x.is_floating_point() else out
+
+    return tree_map(pick, value, is_leaf=lambda x: isinstance(x, PackedSequence))
+
+
+def _changed(sample: Tensor, times: int) -> Tensor:
+    if times and sample.dim():
+        sample = sample.roll(times, -1)
+    return sample * (1 + 0.25 * times) if times and sample.is_floating_point() else sample
+
+
+Tried = tuple[Log, list[Tensor]]  # what a forward met, and what it gave
+
+
+@dataclass
+class Trial:
+    """The first batch's call of the model, to be made with fewer samples.
+
+    Args:
+        capture: the wrapper's.
+        forward: the model's forward.
+        args: its arguments, for ``size`` samples.
+        kwargs: those given by name.
+        size: the batch size.
+    """
+
+    capture: Capture
+    forward: CapturedForward
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    size: int
+
+    def inputs(self, n: int, skip: int = 0, other: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for ``n`` samples, see :func:`resized`."""
+        batch_first, bags = self.capture.tape.batch_first, self.capture.has_bags
+        args, kwargs = resized((self.args, self.kwargs), self.size, n, batch_first, skip, bags, other)
+        return args, kwargs
+
+    def call(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], n: int, log: Log | None = None) -> Any:
+        """What the model gives; without ``log``, what is met is neither noted nor resolved."""
+        if log is None:
+            log = Log()
+            log.dry = True
+        return self.capture.run_pass(self.forward, *inputs, n, log)
+
+    def tried(
+        self, n: int, skip: int = 0, other: int | None = None, mode: AbstractContextManager[Any] | None = None
+    ) -> Tried:
+        """A forward on other samples inside ``mode``, always from the same random state on."""
+        log = Log()
+        log.dry = True
+        with undisturbed(self.capture.root), attributes_restored(self.capture.root), mode or nullcontext():
+            return log, tensors_in(self.call(self.inputs(n, skip, other), n, log))
