@@ -17,11 +17,11 @@ _SLACK = 2.0**-16
 
 
 class SecureNoise:
-    """Gaussian noise from AES-128-CTR, added on a grid that depends on nothing private.
+    """Gaussian noise from AES-128, added on a grid that depends on nothing private.
 
     Bits: each call has its own 128-bit key from the operating system (``os.urandom``) and takes the keystream of AES in
-    counter mode (:class:`gsm.keystream.NormalStream`). No key outlives its call: nothing can be seeded, pickled,
-    inherited by a forked process or replayed after a resume.
+    Galois/counter mode (:class:`gsm.keystream.NormalStream`). No key outlives its call: nothing can be seeded,
+    pickled, inherited by a forked process or replayed after a resume.
 
     Floats: reachable outputs of ``fl(x + noise)`` depend on ``x``, which breaks textbook mechanisms (Mironov 2012,
     "On significance of the least significant bits for differential privacy"; Jin et al. 2022, "Are we there yet?

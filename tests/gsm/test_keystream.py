@@ -1,4 +1,4 @@
-"""The stream is Box-Muller on AES in counter mode, its deviates normal, independent of blocks and threads."""
+"""The stream is Box-Muller on AES in Galois/counter mode, its deviates normal, independent of blocks and threads."""
 
 import math
 
@@ -17,11 +17,13 @@ BITS = {torch.float32: 32, torch.float64: 64}
 DTYPES = pytest.mark.parametrize("dtype", list(BITS))
 
 
-def words_of(key, count, bits):
-    """AES-CTR spelled out: the cipher of the counters 0, 1, 2, ..."""
+def words_of(key, count, bits, nonce=0):
+    """AES-GCM's keystream spelled out: the cipher of 12 bytes of nonce and the counters 2, 3, ..."""
     cipher = Cipher(algorithms.AES(key), modes.ECB()).encryptor()
     blocks = -(-count * bits // 128)
-    return np.frombuffer(b"".join(cipher.update(i.to_bytes(16, "big")) for i in range(blocks)), f"i{bits // 8}")
+    start = (nonce << 32) + 2
+    counters = ((start + i).to_bytes(16, "big") for i in range(blocks))
+    return np.frombuffer(b"".join(map(cipher.update, counters)), f"i{bits // 8}")
 
 
 def many(dtype, entries, std=1.0):
@@ -31,7 +33,7 @@ def many(dtype, entries, std=1.0):
 
 @DTYPES
 @pytest.mark.parametrize("n", [1, 2, 7, 64, CHUNK, CHUNK + 5])
-def test_the_stream_is_box_muller_on_aes_in_counter_mode(n, dtype):
+def test_the_stream_is_box_muller_on_aes_in_galois_counter_mode(n, dtype):
     bits, expected, at = BITS[dtype], [], 0
     words = words_of(KEY, n + 1, bits)
     while at < n:
@@ -43,6 +45,17 @@ def test_the_stream_is_box_muller_on_aes_in_counter_mode(n, dtype):
         at += 2 * half
     drawn = NormalStream(KEY, dtype, 2.5).draw(n).double().numpy()
     np.testing.assert_allclose(drawn, np.concatenate(expected)[:n], atol=2e-3 if bits == 32 else 1e-10)
+
+
+def test_after_so_many_bytes_comes_the_next_nonce(monkeypatch):
+    """The mode allows 2^36 - 32 bytes under one nonce (and the library raises an error after them)."""
+    monkeypatch.setattr("gsm.keystream._UNDER_ONE_NONCE", 16)
+    stream = NormalStream(KEY, torch.float64)
+    for nonce in (0, 1, 2):
+        radius, angle = words_of(KEY, 2, 64, nonce)
+        u = (int(radius) & (2**63 - 1)) * 2.0**-63 + 2.0**-64
+        expected = math.sqrt(-2 * math.log(u)) * math.cos(int(angle) * math.pi * 2.0**-63)
+        assert stream.draw(2)[0].item() == pytest.approx(expected, rel=1e-12)
 
 
 @DTYPES
@@ -74,7 +87,8 @@ def test_no_word_gives_an_infinite_deviate(monkeypatch, dtype, byte):
     def constant(data, out):
         out[: len(data)] = bytes([byte]) * len(data)
 
-    monkeypatch.setattr(stream, "_keystream", type("Constant", (), {"update_into": staticmethod(constant)}))
+    stream.draw(4)
+    monkeypatch.setattr(stream, "_cipher", type("Constant", (), {"update_into": staticmethod(constant)}))
     largest = stream.draw(4).abs().max()
     assert largest == pytest.approx(math.sqrt(2 * BITS[dtype] * math.log(2)) if byte == 0 else 0, abs=1e-6)
 
