@@ -220,14 +220,17 @@ def _run(use: LayerUse, func: Callable[..., Any], args: tuple[Any, ...], kwargs:
         y, *further = with_statistics(layer, x, *plain)
         use.layouts = use.layouts * (1 + len(further))
         return Tap.apply(y, use.tape.anchor, use, False, x, *further)
-    if not use.template.flatten or (row_dims and x.dim() <= 2):
-        y = func(*[plain_value(a) for a in args], **{k: plain_value(v) for k, v in kwargs.items()})
-        return Tap.apply(y, use.tape.anchor, use, not use.template.flatten and y._is_view(), x)
-    use.lead = x.shape[: x.dim() - row_dims]
-    rows = x.reshape(-1, *x.shape[x.dim() - row_dims :])
-    positional = [rows if a is x else plain_value(a) for a in args]
-    y = func(*positional, **{k: rows if v is x else plain_value(v) for k, v in kwargs.items()})
-    return Tap.apply(y, use.tape.anchor, use, False, rows).view(*use.lead, y.shape[-1])
+    given = x
+    if use.template.flatten and not (row_dims and x.dim() <= 2):
+        use.lead = x.shape[: x.dim() - row_dims]
+        given = x.reshape(-1, *x.shape[x.dim() - row_dims :])
+    elif use.template.layer_type is nn.Conv1d and not x.is_contiguous():
+        assert use.tape.active is not None
+        given = use.tape.active.in_order(x)
+    positional = [given if a is x else plain_value(a) for a in args]
+    y = func(*positional, **{k: given if v is x else plain_value(v) for k, v in kwargs.items()})
+    out = Tap.apply(y, use.tape.anchor, use, not use.template.flatten and y._is_view(), given)
+    return out if use.lead is None else out.view(*use.lead, y.shape[-1])
 
 
 def _takes_kept(x: Tensor, layout: Layout | Rows) -> bool:

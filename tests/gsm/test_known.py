@@ -223,3 +223,45 @@ def test_a_users_sampler_gets_the_layers_inputs_and_nothing_else(model: nn.Modul
     finally:
         registry._SAMPLERS[nn.LayerNorm] = before
     assert set(numbers) == {1}
+
+
+class Sequences(nn.Module):
+    """An embedding's output, transposed, goes to several convolutions; ``how`` tells what happens in between."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.table = how, nn.Embedding(20, 4)
+        self.one, self.two = nn.Conv1d(4, 3, 2), nn.Conv1d(4, 3, 3, padding=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids).transpose(1, 2)
+        if self.how == "without a graph at first":
+            with torch.no_grad():
+                first = self.one(x)
+        else:
+            first = self.one(x)
+        return first.relu().amax(2) + self.two(x).amax(2)
+
+
+@MODES
+def test_convolutions_that_share_a_transposed_input(mode: str) -> None:
+    check(Sequences("with a graph"), torch.randint(20, (3, 6)), mode=mode)
+
+
+def test_a_copy_made_without_a_graph_is_not_used_with_one() -> None:
+    wrapped = GradSampleModule(Sequences("without a graph at first"))
+    wrapped(torch.randint(20, (3, 6))).sum().backward()
+    assert wrapped._module.table.weight.grad_sample.abs().sum() > 0
+
+
+def test_a_transposed_input_is_copied_once_and_only_on_the_way_to_convolutions() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 3, 2))
+    tape = GradSampleModule(model)._captured.tape
+    active = tape.begin(3)
+    x = torch.randn(3, 6, 4).transpose(1, 2)
+    copied = active.in_order(x)
+    assert copied.is_contiguous() and torch.equal(copied, x) and active.in_order(x) is copied
+    assert active.in_order(copied) is copied
+    x.add_(1)
+    assert active.in_order(x) is not copied and torch.equal(active.in_order(x), x)
+    assert active.in_order(x.detach()) is not active.in_order(x)
