@@ -35,8 +35,9 @@ from grad_samplers.tensors import (
 CONV = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
 CONV_TRANSPOSE = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 CONVOLUTIONS = [*CONV, *CONV_TRANSPOSE]
-CPU_WINDOWS = 1 << 18
-"""Numbers unfolded at a time on a CPU: 1 MiB in float32, what a second-level cache holds."""
+CPU_WINDOWS = 1 << 19
+"""Numbers unfolded at a time on a CPU: 2 MiB in float32, what a second-level cache holds (B=32, 128 channels, 3x3, 8x8:
+6.7 ms; half as many, three samples at a time, 10.3)."""
 
 
 def _supports(layer: Layer) -> str | None:
