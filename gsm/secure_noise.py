@@ -14,6 +14,8 @@ from gsm.noise import check_dtypes
 
 # The grid is this much finer than the sensitivity, all coordinates together; the noise is enlarged by as much.
 _SLACK = 2.0**-16
+# Doubles around it are whole numbers, up to 2^51 away.
+_WHOLE = torch.tensor(1.5 * 2.0**52, dtype=torch.float64)
 
 
 class SecureNoise:
@@ -27,14 +29,14 @@ class SecureNoise:
     "On significance of the least significant bits for differential privacy"; Jin et al. 2022, "Are we there yet?
     Timing and floating-point attacks on differential privacy systems", for Box-Muller, polar and ziggurat samplers;
     Haney et al. 2022, "Precision-based attacks and interval refining"). Here both are rounded to integers first: the
-    result is ``grid * (rint(x / grid) + rint(z / grid))``, computed exactly in float64 as long as ``|x| < 2^53
-    grid``. ``grid`` is a power of two that depends on ``std``, ``sensitivity`` and the number of entries ``d`` only,
-    so every output lies on one fixed lattice whatever the data. What follows (division by the expected batch size, a
-    cast) is post-processing.
+    result is ``grid * rint(rint(x / grid) + z / grid)``, computed exactly in float64 as long as both together stay
+    below ``2^51 grid``. ``grid`` is a power of two that depends on ``std``, ``sensitivity`` and the number of entries
+    ``d`` only, so every output lies on one fixed lattice whatever the data. What follows (division by the expected
+    batch size, a cast) is post-processing.
 
-    Formal guarantee: if ``z`` were exactly Gaussian, ``rint(x/grid) + rint(z/grid) = rint(rint(x/grid) + z/grid)`` is
-    post-processing of the Gaussian mechanism on ``rint(x/grid)``. Rounding ``x`` adds at most ``grid * sqrt(d) <=
-    2^-16 sensitivity`` to the sensitivity, and ``std`` is enlarged by the factor ``1 + 2^-16`` to cover it.
+    Formal guarantee: if ``z`` were exactly Gaussian, ``rint(rint(x/grid) + z/grid)`` is post-processing of the Gaussian
+    mechanism on ``rint(x/grid)``. Rounding ``x`` adds at most ``grid * sqrt(d) <= 2^-16 sensitivity`` to the
+    sensitivity, and ``std`` is enlarged by the factor ``1 + 2^-16`` to cover it.
 
     Residual risk: ``z`` is Box-Muller in float64 from 63-bit radii and 64-bit angles. Its rounding (about 2^-51)
     moves the cells' boundaries by about 2^-25 of their width for a million entries, which is not proven harmless but
@@ -64,7 +66,7 @@ class SecureNoise:
         room = torch.empty(min(size, entries), dtype=torch.float64)
         for dtype in (torch.float32, torch.float64):
             for parts, n in in_blocks([t for t in host if t.dtype == dtype], size):
-                _add_on_grid(parts, stream.draw(n).round_(), grid, room)
+                _add_on_grid(parts, stream.draw(n), grid, room)
         for t, there in zip(tensors, host, strict=True):
             if there is not t:
                 t.copy_(there)
@@ -79,9 +81,14 @@ def grid_for(std: float, sensitivity: float, entries: int) -> float:
 
 
 def _add_on_grid(parts: list[Tensor], noise: Tensor, grid: float, room: Tensor) -> None:
-    """``parts`` become ``grid * (rint(part / grid) + noise)``; ``noise`` holds integers in float64, as ``room`` may."""
+    """``parts`` become ``grid * (rint(part / grid) + noise)``, rounded to whole steps; ``room`` has as many entries.
+
+    Both roundings happen by adding :data:`_WHOLE`, behind whose last binary place nothing remains.
+    """
     steps = room[: len(noise)]
     here = shaped(steps, parts)
     torch._foreach_copy_(here, parts)
-    steps.mul_(1.0 / grid).round_().add_(noise).mul_(grid)  # all but the rounding is exact: grid is a power of two
+    torch.add(_WHOLE, steps, alpha=1.0 / grid, out=steps)
+    steps.add_(noise)
+    torch.add(_WHOLE * -grid, steps, alpha=grid, out=steps)  # exact: grid is a power of two
     torch._foreach_copy_(parts, here)
