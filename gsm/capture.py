@@ -38,6 +38,7 @@ class CapturedForward:
         self.module, self.capture, self.runner = module, capture, runner
         self.previous: Any = module.__dict__.get("forward")
         self.bypass = False
+        self.tracked: dict[str, nn.Parameter] = {}  # the module's own parameters that the capture tracks, by name
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -59,10 +60,27 @@ class CapturedForward:
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.runner is None:
-            return self.original(*args, **kwargs)
         assert self.capture is not None
-        return self.runner(self.capture, self, args, kwargs)
+        held = self.module._parameters
+        swapped = [name for name, p in self.tracked.items() if held.get(name) is not p]
+        if swapped:
+            return self._run_swapped(swapped, args, kwargs)
+        return self.original(*args, **kwargs) if self.runner is None else self.runner(self.capture, self, args, kwargs)
+
+    def _run_swapped(self, names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """With other tensors in its parameters' places for this call (`torch.func.functional_call`): they show."""
+        if self.runner is not None:
+            raise RuntimeError(
+                f"{type(self.module).__name__} is handled as a whole, and was called with other tensors in place of "
+                f"its parameters {', '.join(names)} (torch.func.functional_call): their gradients cannot be taken "
+                "apart by sample. Wrap with mode='hooks' or 'ghost', and hand weights to modules without a sampler "
+                "of their own."
+            )
+        places = {name: self.module.__dict__.pop(name) for name in names if name in self.module.__dict__}
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self.module.__dict__.update(places)
 
     def install(self) -> None:
         self.module.__dict__["forward"] = self
@@ -76,12 +94,12 @@ class CapturedForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedForward:
         new = copy(self)
         memo[id(self)] = new
-        new.capture, new.runner = None, None
+        new.capture, new.runner, new.tracked = None, None, {}
         new.module, new.previous = deepcopy(self.module, memo), deepcopy(self.previous, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "capture": None, "runner": None}
+        return {**self.__dict__, "capture": None, "runner": None, "tracked": {}}
 
 
 class Capture:
@@ -113,6 +131,7 @@ class Capture:
             # Modules above a parameter too: checkpointing may run any of them again, apart from the model's forward.
             if path not in covered and (module is self.root or any(p.requires_grad for p in module.parameters())):
                 forward = CapturedForward(module, self, runners.get(path))
+                forward.tracked = dict(own)
                 forward.install()
                 self.forwards[path] = forward
             for name, p in own:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -49,6 +50,7 @@ class CapturePlan:
         self.plan = Plan()
         self.everything = list(self.root.parameters())
         self.seen = _state(self.everything)
+        self.tree = [(m, list(m._modules.values()), dict(m._parameters)) for m in self.root.modules()]
         self.trainable = [p for p in self.everything if p.requires_grad]
         self.tape.params = self.trainable
         self.tape.names = {id(p): n for n, p in self.root.named_parameters(remove_duplicate=True)}
@@ -119,8 +121,8 @@ class CapturePlan:
     # -- before a batch ----------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Builds the plan anew if parameters were frozen, unfrozen, moved or converted since."""
-        if self.seen != _state(self.everything):
+        """Builds the plan anew if parameters were frozen, unfrozen, moved, converted or replaced since, or modules."""
+        if self.seen != _state(self.everything) or any(_changed(*known) for known in self.tree):
             self._rebuild()
 
     def _rebuild(self) -> None:
@@ -150,7 +152,7 @@ class CapturePlan:
 
     def _know(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:
         """Fills ``tape.layouts`` for this kind of input; whether it is a new one."""
-        kind = signature(args, kwargs)
+        kind = signature(args, kwargs), *(m.training for m, *_ in self.tree)
         new = kind not in self.probed and size > 0
         if new:
             root = self.capture.forwards[""]
@@ -235,6 +237,17 @@ def _weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
 def _state(params: list[nn.Parameter]) -> list[tuple[bool, int]]:
     """What a plan depends on: whether a parameter wants a gradient, and where its values lie."""
     return [(p.requires_grad, p.data_ptr()) for p in params]
+
+
+def _changed(module: nn.Module, children: list[Any], parameters: dict[str, Any]) -> bool:
+    """Whether a module has other children or parameters now (but for tensors put in place of them for one call)."""
+    now = module._parameters
+    if len(now) != len(parameters) or any(map(operator.is_not, module._modules.values(), children)):
+        return True
+    if len(module._modules) != len(children):
+        return True
+    others = (now.get(name) for name, p in parameters.items() if now.get(name) is not p)
+    return any(other is None or isinstance(other, nn.Parameter) for other in others)
 
 
 def prepare(root: nn.Module, tape: Tape, *, mode: str, strict: bool) -> CapturePlan:

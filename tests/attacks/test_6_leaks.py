@@ -115,11 +115,14 @@ def test_a_parameter_used_outside_of_the_model_is_an_error():
 
 
 def test_parameters_added_later_are_captured_or_refused():
-    """Guard: ``check_wrapped`` at every release with other parameters."""
-    model, optimizer, _ = watched()
+    """Guards: ``walk._changed`` at every batch, ``check_wrapped`` at every release with other parameters."""
+    model, optimizer, watch = watched()
+    step(model, optimizer, X, Y)
     model._module[2] = nn.Linear(4, 3)
     optimizer.add_param_group({"params": list(model._module[2].parameters())})
-    optimizer.zero_grad()
+    step(model, optimizer, X, Y)
+    assert watch.sums[1].numel() > watch.sums[0].numel() and watch.sums[1].norm() <= 8.0
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})  # the model does not have it
     CE(model(X), Y).backward()
     with pytest.raises(ValueError, match="Per sample gradient not found"):
         optimizer.step()

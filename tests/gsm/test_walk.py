@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.ledger import tape_of
 from gsm.subtree import NotPerSample, VmapFails
 from gsm.wrapper import GradSampleModule
-from tests.compare import captured
+from tests.compare import captured, check
 from tests.loop import assert_close_per_sample, per_sample_loop, projection_loss
 
 
@@ -145,3 +149,94 @@ def test_a_removed_wrapper_leaves_nothing_behind():
     assert tape.groups and tape_of(model.weight) is tape
     wrapped.remove_hooks()
     assert tape.groups == [] and not tape.live and tape_of(model.weight) is None
+
+
+class Weights(nn.Module):
+    """One layer runs with weights made from another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.a, {"weight": 2 * self.b.weight, "bias": self.b.bias.tanh()}, (x,))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_weights_that_the_model_hands_to_a_layer_are_the_ones_it_uses(mode: str) -> None:
+    check(Weights(), torch.randn(4, 3), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "auto"])
+def test_weights_that_are_handed_to_a_wrapped_model_are_the_ones_it_uses(mode: str) -> None:
+    wrapped, x = GradSampleModule(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), mode=mode), torch.randn(4, 3)
+    other = {name: torch.zeros_like(p) for name, p in wrapped.named_parameters()}
+    for _ in range(2):
+        assert functional_call(wrapped, other, (x,)).abs().max() == 0
+        assert wrapped(x).abs().min() > 0
+
+
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+def test_weights_for_a_layer_that_is_handled_as_a_whole_are_refused(mode: str) -> None:
+    wrapped = GradSampleModule(nn.Sequential(nn.Linear(3, 3), nn.Tanh()), mode=mode)
+    other = {name: torch.zeros_like(p) for name, p in wrapped.named_parameters()}
+    with pytest.raises(RuntimeError, match="other tensors in place of its parameters weight, bias"):
+        functional_call(wrapped, other, (torch.randn(4, 3),))
+
+
+def _replaced(model: nn.Sequential) -> None:
+    model[0].weight = nn.Parameter(torch.zeros(3, 3))
+
+
+def _assigned(model: nn.Sequential) -> None:
+    model.load_state_dict({name: torch.zeros_like(p) for name, p in model.named_parameters()}, assign=True)
+
+
+def _another_layer(model: nn.Sequential) -> None:
+    model[0] = nn.Linear(3, 3)
+
+
+def _one_more(model: nn.Sequential) -> None:
+    model.append(nn.Linear(3, 3))
+
+
+def _one_less(model: nn.Sequential) -> None:
+    del model[1]
+
+
+@pytest.mark.parametrize("change", [_replaced, _assigned, _another_layer, _one_more, _one_less])
+def test_what_is_replaced_after_the_first_batch_is_captured(change: Any) -> None:
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), torch.randn(4, 3)
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+    wrapped(x).sum().backward()
+    wrapped.zero_grad()
+    change(model)
+    expected = copy.deepcopy(model)(x)
+    out = wrapped(x)
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()
+    assert all(p.grad is None and p.grad_sample.shape == (4, *p.shape) for p in model.parameters())
+
+
+def test_what_mixes_is_refused_after_the_first_batch_too() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    wrapped = GradSampleModule(model)
+    wrapped(torch.randn(4, 3))
+    model[1] = nn.BatchNorm1d(3, affine=False)
+    with pytest.raises(SamplesInfluenceEachOther, match="BatchNorm1d"):
+        wrapped(torch.randn(4, 3))
+
+
+class CentredInTraining(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x - x.mean(0) if self.training else x)
+
+
+def test_what_mixes_in_training_only_is_refused_after_a_batch_in_evaluation() -> None:
+    model = nn.Sequential(CentredInTraining(3, 3))
+    wrapped = GradSampleModule(model)
+    wrapped.eval()
+    wrapped(torch.randn(4, 3))
+    wrapped.train()
+    with pytest.raises(SamplesInfluenceEachOther):
+        wrapped(torch.randn(4, 3))
