@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from gsm.capture import Capture, CapturedForward, tensors_in
 from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther
 from gsm.locate import Log
-from gsm.random_numbers import Settled, same_at_every_call
+from gsm.random_numbers import TURNS, Settled, settled
 from gsm.scalars import compare_alone, named_scalars, uneven_labels
 from gsm.shown import BOTH_ENDS, check_influence, learned, learned_outputs, same
 from gsm.trial import Trial, Tried, sizes_for
@@ -76,11 +76,11 @@ def probe(
 
 def _check_number(trial: Trial, sizes: tuple[int, int], ends: tuple[int, ...]) -> None:
     """Refuses a model that draws random numbers and in which the number of samples changes those at ``ends``."""
-    settled = Settled(all_of_them=True)
-    with same_at_every_call():
-        one, two = (trial.tried(n, skip, mode=settled) for n, skip in zip(sizes, (0, sizes[0]), strict=True))
-    learned(one[0], two[0], *sizes, ends)
-    learned_outputs([one[1], two[1]], *sizes, ends)
+    for turn in range(len(TURNS)):
+        with settled(turn) as mode:
+            one, two = (trial.tried(n, skip, mode=mode) for n, skip in zip(sizes, (0, sizes[0]), strict=True))
+        learned(one[0], two[0], *sizes, ends)
+        learned_outputs([one[1], two[1]], *sizes, ends)
 
 
 def _check_neighbours(
@@ -92,7 +92,7 @@ def _check_neighbours(
     n, base, mode = sizes[0], small, None
     if draws:
         others.append((sizes[1], None, (0, -1)))
-        mode = Settled(all_of_them=False)
+        mode = Settled()
         n, base = sizes[1], trial.tried(sizes[1], mode=mode)  # at least 3: some are between
     for skip, other, ends in others:
         new = trial.tried(n, skip, other, mode)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gsm.random_numbers import RandomNumbers
+from gsm.random_numbers import RandomNumbers, own_generators
 
 
 class NoDropout(TorchFunctionMode):
@@ -41,7 +41,7 @@ def undisturbed(model: nn.Module) -> Iterator[RandomNumbers]:
         (m, m.dropout) for m in model.modules() if isinstance(m, (nn.MultiheadAttention, nn.RNNBase))
     ]
     devices = sorted({b.device.index or 0 for b in (*model.parameters(), *model.buffers()) if b.is_cuda})
-    random_numbers = RandomNumbers(devices)
+    random_numbers = RandomNumbers(devices, own_generators(model))
     try:
         for m in dropouts:
             m.training = False

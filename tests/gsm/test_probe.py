@@ -301,7 +301,7 @@ class Random(nn.Module):
         elif self.how == "number inside":
             return F.linear((h + torch.rand_like(h)) / len(x), self.b.weight) * len(x)
         elif self.how == "at random":
-            h = h + h[(len(h) - 1) // 2 : (len(h) + 1) // 2].sum(0) * (torch.rand_like(h) - 0.5)
+            h = h + h[(len(h) - 1) // 2 : (len(h) + 1) // 2].sum(0) * (torch.rand_like(h) - torch.rand_like(h))
         elif self.how == "number, by numpy":
             h = h / len(x) + numpy.random.rand()
         elif self.how == "rows by numpy":

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gsm.random_numbers import Settled, same_at_every_call
+from gsm.random_numbers import TURNS, Settled, settled
 from gsm.undisturbed import undisturbed
 
 RATES = torch.tensor([0.25, 0.5, 0.125])
@@ -54,22 +55,53 @@ SAMPLING: dict[str, tuple[Callable[[int], Tensor], float, float]] = {
 @pytest.mark.parametrize("name", SAMPLING)
 def test_settled_numbers_are_the_same_for_any_batch_size(name: str) -> None:
     draw, least, largest = SAMPLING[name]
-    with Settled(all_of_them=True):
-        small, large = draw(2), draw(5)
-    assert small.shape[0] == 2 and large.shape[0] == 5
-    assert all(torch.equal(row, large[0]) for row in (*small, *large))
-    assert least <= large.min() and large.max() <= largest
-    assert draw(5).dtype == large.dtype
+    for turn in range(len(TURNS)):
+        with settled(turn) as mode, mode:
+            one, small, large = draw(1), draw(2), draw(5)
+        assert small.shape[0] == 2 and large.shape[0] == 5
+        assert all(torch.equal(row, large[0]) for row in (*one, *small, large[4]))
+        assert all(torch.equal(row, large[2]) for row in large[1:4])
+        assert least <= large.min() and large.max() <= largest
+        assert draw(5).dtype == large.dtype
 
 
 def test_settled_orders_are_orders() -> None:
-    with Settled(all_of_them=True):
-        assert torch.randperm(7).tolist() == list(range(7))
+    with Settled(0.1, 0.3):
+        assert torch.randperm(7).tolist() == [1, 2, 3, 4, 5, 6, 0]
+
+
+def test_what_is_drawn_for_the_batch_differs_with_its_size() -> None:
+    """A maximum, a mean, one of its samples: else the number of samples would not show."""
+
+    def at_an_end(index: Tensor, n: int) -> Tensor:
+        return (index == 0) | (index == n - 1)
+
+    draws: list[Callable[[int], Tensor]] = [
+        lambda n: torch.randn(n).max(),
+        lambda n: torch.rand(n, 3).mean(0),
+        lambda n: torch.randn(n)[0] - torch.randn(n).mean(),
+        lambda n: at_an_end(torch.randint(n, ()), n),
+        lambda n: at_an_end(torch.randint(n, (n,))[-1], n),
+        lambda n: at_an_end(torch.randperm(n)[0], n),
+        lambda n: at_an_end(torch.multinomial(torch.ones(n), 1), n),
+    ]
+    for draw in draws:
+        with Settled(0.3, 0.9):
+            assert not torch.equal(draw(2), draw(3))
+
+
+def test_coins_fall_on_either_side() -> None:
+    sides = set()
+    for turn in range(len(TURNS)):
+        with settled(turn) as mode, mode:
+            sides.add((bool(torch.rand(()) < 0.5), bool(torch.bernoulli(torch.tensor(0.5)))))
+    assert len(sides) == 2
+    assert {random.Random(turn).random() < 0.5 for turn in range(len(TURNS))} == {True, False}
 
 
 def test_nothing_else_is_settled() -> None:
     x = torch.randn(3, 4, requires_grad=True)
-    with Settled(all_of_them=True):
+    with Settled(0.1, 0.3):
         assert torch.equal((x @ x.t()).relu().sum(), (x @ x.t()).relu().sum())
         assert torch.equal(x.detach().clone().zero_(), torch.zeros(3, 4))
 
@@ -82,20 +114,45 @@ def test_with_the_same_random_state_the_numbers_of_other_samples_change_none(nam
     rows = torch.tensor([[[0.3, 0.4], [0.2, 0.7]], [[0.9, 0.1], [0.2, 0.7]]]) * (30 if name == "poisson" else 1)
     seen = []
     for row in rows:
-        with undisturbed(nn.Identity()), Settled(all_of_them=False):
+        with undisturbed(nn.Identity()), Settled():
             seen.append(torch.cat([draw(row), torch.rand(2, 2)]))
     assert torch.equal(seen[0][1:], seen[1][1:]) and len(seen[0][2:].unique()) == 4
 
 
 def test_numbers_of_python_and_numpy_are_the_same_at_every_call_and_go_on_afterwards() -> None:
-    random.seed(1)
-    numpy.random.seed(1)
-    expected = [random.random(), numpy.random.rand(), random.random(), numpy.random.rand()]
-    random.seed(1)
-    numpy.random.seed(1)
+    def two() -> list[float]:
+        return [random.random(), numpy.random.rand()]
+
+    random.seed(5)
+    numpy.random.seed(5)
+    expected = two(), two()
+    random.seed(5)
+    numpy.random.seed(5)
     function = numpy.random.rand
-    with same_at_every_call():
-        assert [random.random() for _ in range(3)] == expected[:1] * 3
-        assert [numpy.random.rand() for _ in range(3)] == expected[1:2] * 3
+    with settled(1):
+        first = two()
+        assert two() == two() == first
+    with settled(2):
+        assert two() != first
     assert numpy.random.rand is function
-    assert [random.random(), numpy.random.rand()] == expected[:2]
+    assert (two(), two()) == expected
+
+
+class Own(nn.Module):
+    def __init__(self, generator: Any):
+        super().__init__()
+        self.generator = generator
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [random.Random(3), numpy.random.default_rng(3), numpy.random.RandomState(3)],
+    ids=["Random", "Generator", "RandomState"],
+)
+def test_generators_that_a_model_holds_are_put_back(generator: Any) -> None:
+    model = Own(generator)
+    with undisturbed(model) as numbers:
+        assert not numbers.drawn()
+        first = model.generator.random()
+        assert numbers.drawn()
+    assert model.generator.random() == first
