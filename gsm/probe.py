@@ -18,7 +18,8 @@ from gsm.locate import Log
 from gsm.random_numbers import TURNS, Settled, settled
 from gsm.scalars import compare_alone, named_scalars, uneven_labels
 from gsm.shown import BOTH_ENDS, check_influence, learned, learned_outputs, same
-from gsm.trial import Trial, Tried, sizes_for
+from gsm.structures import make_known, named_tensors
+from gsm.trial import Trial, Tried, all_given, sizes_for
 from gsm.undisturbed import attributes_restored, saved_bytes, undisturbed
 
 
@@ -41,8 +42,8 @@ def probe(
     """
     tape, trial = capture.tape, Trial(capture, forward, args, kwargs, size)
     tape.layouts = {}
-    first, second = sizes_for(tensors_in(args, kwargs))
-    left: list[str] = []
+    first, second = sizes_for(tensors_in(*make_known((args, kwargs))))
+    left: dict[str, Tensor] = {}
     for attempt in range(4):
         logs: list[Log] = []
         outputs = []
@@ -52,7 +53,8 @@ def probe(
                 log.dry = attempt == 0
                 inputs = trial.inputs(n, skip)
                 with saved_bytes(capture.root) as saved, attributes_restored(capture.root) as left:
-                    outputs.append(trial.call(inputs, n, log))
+                    out = trial.call(inputs, n, log)
+                outputs.append(all_given(out, left))
                 logs.append(log)
                 tape.planner.activation_bytes = sum(saved.values()) / n
             # A model that draws random numbers draws others at another size: compared with the same ones, below.
@@ -61,17 +63,22 @@ def probe(
         tape.layouts = learned(logs[0], logs[1], first, second, ends)
         if not (logs[0].skipped or logs[1].skipped) and all(_as_taken(log, tape.layouts) for log in logs):
             break
-    of_outputs = learned_outputs(outputs, first, second, ends)
+    of_outputs = learned_outputs(outputs[0], outputs[1], first, second, ends)
     if strict:
-        small, scalars = (logs[0], tensors_in(outputs[0])), named_scalars(outputs[0])
-        del outputs  # of logits, say, the larger ones
+        if not outputs[0]:
+            raise ValueError(
+                f"The model returned a {type(out).__name__}, in which no tensor was found: whether samples influence "
+                "each other cannot be told. Return tensors, or tuples, lists, dicts or dataclasses of them."
+            )
+        small, scalars = (logs[0], outputs[0]), named_scalars(outputs[0])
+        del outputs, out  # of logits, say, the larger ones
         if draws:  # numbers that nothing settles are the same for the first sample only
             _check_number(trial, (first, second), (0,) if besides else BOTH_ENDS)
         _check_neighbours(trial, small, of_outputs, (first, second), draws)
         if left:
             _check_forgets(trial, first, left)
         if scalars:
-            _check_scalars(trial)
+            _check_scalars(trial, draws)
 
 
 def _check_number(trial: Trial, sizes: tuple[int, int], ends: tuple[int, ...]) -> None:
@@ -80,11 +87,11 @@ def _check_number(trial: Trial, sizes: tuple[int, int], ends: tuple[int, ...]) -
         with settled(turn) as mode:
             one, two = (trial.tried(n, skip, mode=mode) for n, skip in zip(sizes, (0, sizes[0]), strict=True))
         learned(one[0], two[0], *sizes, ends)
-        learned_outputs([one[1], two[1]], *sizes, ends)
+        learned_outputs(one[1], two[1], *sizes, ends)
 
 
 def _check_neighbours(
-    trial: Trial, small: Tried, of_outputs: list[Layout | None], sizes: tuple[int, int], draws: bool
+    trial: Trial, small: Tried, of_outputs: dict[str, Layout | None], sizes: tuple[int, int], draws: bool
 ) -> None:
     """Refuses a model in which samples are moved by as many other ones, random numbers being the same."""
     # Samples left out, the one that is changed; then those that are the same as before.
@@ -101,7 +108,7 @@ def _check_neighbours(
 
 def _check_same_size(
     layouts: dict[tuple[str, int], Layout | None],
-    of_outputs: list[Layout | None],
+    of_outputs: dict[str, Layout | None],
     size: int,
     base: Tried,
     new: Tried,
@@ -111,18 +118,19 @@ def _check_same_size(
     for key, seen in base[0].items():
         if key in new[0] and not seen.picked and not new[0][key].picked:
             check_influence(seen.x, new[0][key].x, size, size, layouts.get(key), key[0], ends)
-    for x, y, layout in zip(base[1], new[1], of_outputs, strict=False):
-        check_influence(x, y, size, size, layout, "the model's output", ends)
+    for name, x in base[1].items():
+        if name in new[1]:
+            check_influence(x, new[1][name], size, size, of_outputs.get(name), name, ends)
 
 
-def _check_forgets(trial: Trial, size: int, left: list[str]) -> None:
+def _check_forgets(trial: Trial, size: int, left: dict[str, Tensor]) -> None:
     """Refuses a model whose output depends on what an earlier forward left on it: batches influence each other."""
     inputs = trial.inputs(size)
     with undisturbed(trial.capture.root) as random_numbers, attributes_restored(trial.capture.root):
-        one = tensors_in(trial.call(inputs, size))
+        one = named_tensors(trial.call(inputs, size))
         random_numbers.again()
-        two = tensors_in(trial.call(inputs, size))
-    if not all(same(x.detach(), y.detach()) for x, y in zip(one, two, strict=True)):
+        two = named_tensors(trial.call(inputs, size))
+    if not all(same(x.detach(), two[name].detach()) for name, x in one.items()):
         raise SamplesInfluenceEachOther(
             f"The model's output depends on what the forward before left on it ({', '.join(sorted(left)[:3])}): the "
             "records of one batch would influence the gradients of the next, and no clipping bounds that. Switch the "
@@ -130,15 +138,17 @@ def _check_forgets(trial: Trial, size: int, left: list[str]) -> None:
         )
 
 
-def _check_scalars(trial: Trial) -> None:
+def _check_scalars(trial: Trial, draws: bool) -> None:
     """Refuses outputs such as a loss that are not the mean (or the sum) of what the samples alone give."""
     batch_first = trial.capture.tape.batch_first
     args, kwargs = trial.inputs(2)
     pair = args, uneven_labels(kwargs)
 
     def run(values: tuple[tuple[Any, ...], dict[str, Any]], n: int) -> Any:
-        with undisturbed(trial.capture.root), attributes_restored(trial.capture.root):
-            return trial.call(values, n)
+        if not draws:
+            return trial.given(values, n)
+        with settled(0) as mode:  # the same random numbers for two samples and for one
+            return trial.given(values, n, mode=mode)
 
     def pick(start: int, n: int) -> Any:
         def of(x: Any) -> Any:

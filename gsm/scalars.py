@@ -6,28 +6,21 @@ the weight of this sample's tokens: its gradient depends on its neighbours, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gsm.layout import SamplesInfluenceEachOther
+from gsm.structures import named_tensors
 
 _IGNORED = -100  # the label that `torch.nn.functional.cross_entropy` leaves out by default
 
 
 def named_scalars(output: Any) -> dict[str, Tensor]:
-    """The outputs without dimensions that a loss could be differentiated through, by name."""
-    if isinstance(output, Tensor):
-        items: Any = {"the model's output": output}.items()
-    elif isinstance(output, Mapping):
-        items = output.items()
-    elif hasattr(output, "__dataclass_fields__"):
-        items = ((name, getattr(output, name)) for name in output.__dataclass_fields__)
-    else:
-        items = ((f"output {i}", value) for i, value in enumerate(output)) if isinstance(output, (tuple, list)) else ()
-    return {str(k): v for k, v in items if isinstance(v, Tensor) and v.dim() == 0 and v.requires_grad}
+    """The outputs of one entry that a loss could be differentiated through, by name."""
+    return {name: x for name, x in named_tensors(output).items() if x.numel() == 1 and x.requires_grad}
 
 
 def uneven_labels(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -53,12 +46,12 @@ def check_scalars(together: Any, alone: list[Any], reduction: str) -> None:
     """
     pieces = [named_scalars(output) for output in alone]
     for name, value in named_scalars(together).items():
-        own = [p[name].detach().double() for p in pieces if name in p]
+        own = [p[name].detach().double().reshape(()) for p in pieces if name in p]
         if len(own) != len(pieces) or not all(torch.isfinite(v) for v in (*own, value)):
             continue
         total = torch.stack(own)
         expected = total.mean() if reduction == "mean" else total.sum()
-        if (value.detach().double() - expected).abs() > 1e-4 * total.abs().max() + 1e-9:
+        if (value.detach().double().reshape(()) - expected).abs() > 1e-4 * total.abs().max() + 1e-9:
             raise SamplesInfluenceEachOther(_reason(name, reduction))
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gsm.capture import tensors_in
 from gsm.layout import UNKNOWN, Layout, SamplesInfluenceEachOther
 from gsm.locate import Log, Seen
 from gsm.ownership import owners_in_layout
@@ -34,12 +31,24 @@ def learned(
     return layouts
 
 
-def learned_outputs(outputs: list[Any], first: int, second: int, ends: tuple[int, ...]) -> list[Layout | None]:
+Outputs = dict[str, Tensor]
+
+
+def learned_outputs(
+    one: Outputs, other: Outputs, first: int, second: int, ends: tuple[int, ...]
+) -> dict[str, Layout | None]:
     """The layouts of what two forwards gave; the samples at ``ends`` are checked for influence."""
-    layouts = []
-    for x, y in zip(tensors_in(outputs[0]), tensors_in(outputs[1]), strict=False):
-        layouts.append(compare(x, y, first, second))
-        check_influence(x, y, first, second, layouts[-1], "the model's output", ends)
+    layouts: dict[str, Layout | None] = {}
+    for name in [name for name in one if name in other]:
+        x, y = one[name], other[name]
+        layouts[name] = compare(x, y, first, second)
+        check_influence(x, y, first, second, layouts[name], name, ends)
+        if ends and layouts[name] is None and x.requires_grad and x.numel() != 1 and not same(x.detach(), y.detach()):
+            raise SamplesInfluenceEachOther(
+                f"{name}: has no batch dimension, but depends on the samples (its shape is {tuple(x.shape)}). What a "
+                "loss makes of it, all samples of the batch determine together, and no clipping bounds what one record "
+                "can then reveal. Give one entry per sample, or detach() what is only looked at."
+            )
     return layouts
 
 

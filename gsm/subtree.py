@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from gsm.capture import Capture, CapturedForward, Runner
 from gsm.layout import Layout, Rows, Unresolvable
 from gsm.resolve import expanded
+from gsm.structures import make_known
 from gsm.tape import Pass
 from gsm.tracked import Tracked
 
@@ -48,7 +49,7 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
             )
         if torch._C._functorch.maybe_current_level() is not None:
             raise NotPerSample(f"{path}: it runs under torch.vmap or another function transform", subtree=path)
-        leaves, spec = tree_flatten((args, kwargs))
+        leaves, spec = tree_flatten(make_known((args, kwargs)))
         if any(isinstance(x, Tracked) for x in leaves):
             raise NotPerSample(f"{path}: its input is a parameter that has not met a sample", subtree=path)
         found = [_layout(active, path, i, x) for i, x in enumerate(leaves)]
@@ -69,7 +70,7 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
             copies = {n: expanded(active, t) for n, t in tracked.items()}
             each = _looped if loop else _mapped
             try:
-                outputs, rebuild = each(module, copies, leaves, layouts, spec, active.batch_size)
+                outputs, rebuild = each(module, copies, leaves, layouts, spec, active.batch_size, path)
             except Exception as error:
                 if active.log is None or isinstance(error, Unresolvable):
                     raise
@@ -111,7 +112,16 @@ def _call(
 ) -> list[Tensor]:
     """The subtree on one sample; its output's tensors, the rest of the structure left in ``box``."""
     args, kwargs = tree_unflatten(leaves, spec)
-    out, box["spec"] = tree_flatten(functional_call(module, params, args, kwargs, tie_weights=True))
+    out, box["spec"] = tree_flatten(make_known(functional_call(module, params, args, kwargs, tie_weights=True)))
+    for leaf in out:
+        if not isinstance(leaf, (Tensor, bool, str, type(None), torch.dtype, torch.device)):
+            what = f"the number {leaf}" if isinstance(leaf, (int, float)) else f"a {type(leaf).__name__}"
+            raise NotPerSample(
+                f"{type(module).__name__} returns {what}, and runs one sample at a time: that of the batch is not "
+                "known. Return tensors with a batch dimension (in tuples, lists, dicts or dataclasses), and make the "
+                "rest of them outside of the model.",
+                subtree=box["path"],
+            )
     box["leaves"] = out
     return [x for x in out if isinstance(x, Tensor)]
 
@@ -137,9 +147,15 @@ def _sample_first(leaves: list[Any], layouts: list[Layout | None], size: int) ->
 
 
 def _mapped(
-    module: nn.Module, copies: dict[str, Tensor], leaves: list[Any], layouts: list[Layout | None], spec: Any, size: int
+    module: nn.Module,
+    copies: dict[str, Tensor],
+    leaves: list[Any],
+    layouts: list[Layout | None],
+    spec: Any,
+    size: int,
+    path: str,
 ) -> Outputs:
-    box: dict[str, Any] = {}
+    box: dict[str, Any] = {"path": path}
     rows = _sample_first(leaves, layouts, size)
     batched = [x for x, lay in zip(rows, layouts, strict=True) if lay is not None]
 
@@ -153,9 +169,15 @@ def _mapped(
 
 
 def _looped(
-    module: nn.Module, copies: dict[str, Tensor], leaves: list[Any], layouts: list[Layout | None], spec: Any, size: int
+    module: nn.Module,
+    copies: dict[str, Tensor],
+    leaves: list[Any],
+    layouts: list[Layout | None],
+    spec: Any,
+    size: int,
+    path: str,
 ) -> Outputs:
-    box: dict[str, Any] = {}
+    box: dict[str, Any] = {"path": path}
     rows = _sample_first(leaves, layouts, size)
     results = []
     for i in range(size):
@@ -194,7 +216,7 @@ def _check_vmap(
         copies = {n: t.gsm_value.detach().expand(size, *t.shape).clone().requires_grad_() for n, t in tracked.items()}
         try:
             with torch.random.fork_rng(devices=[]):
-                outputs, _ = each(module, copies, leaves, layouts, spec, size)
+                outputs, _ = each(module, copies, leaves, layouts, spec, size, path)
                 floating = [o for o in outputs if o.requires_grad]
                 total = sum(
                     (

@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from torch.utils._pytree import tree_map
 
 from gsm.bags import bags_in, regrouped
-from gsm.capture import Capture, CapturedForward, tensors_in
+from gsm.capture import Capture, CapturedForward
 from gsm.locate import Log
+from gsm.structures import named_tensors
 from gsm.undisturbed import attributes_restored, undisturbed
 
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
@@ -69,7 +70,7 @@ def _changed(sample: Tensor, times: int) -> Tensor:
     return sample * (1 + 0.25 * times) if times and sample.is_floating_point() else sample
 
 
-Tried = tuple[Log, list[Tensor]]  # what a forward met, and what it gave
+Tried = tuple[Log, dict[str, Tensor]]  # what a forward met, and what it gave
 
 
 @dataclass
@@ -109,5 +110,21 @@ class Trial:
         """A forward on other samples inside ``mode``, always from the same random state on."""
         log = Log()
         log.dry = True
-        with undisturbed(self.capture.root), attributes_restored(self.capture.root), mode or nullcontext():
-            return log, tensors_in(self.call(self.inputs(n, skip, other), n, log))
+        return log, self.given(self.inputs(n, skip, other), n, log, mode)
+
+    def given(
+        self,
+        inputs: tuple[tuple[Any, ...], dict[str, Any]],
+        n: int,
+        log: Log | None = None,
+        mode: AbstractContextManager[Any] | None = None,
+    ) -> dict[str, Tensor]:
+        """What a forward gives, and what it leaves on the model, by name; always from the same random state on."""
+        with undisturbed(self.capture.root), attributes_restored(self.capture.root) as left, mode or nullcontext():
+            out = self.call(inputs, n, log)
+        return all_given(out, left)
+
+
+def all_given(output: Any, left: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an output and, as a loss may use them too, those with a graph that stayed on the model."""
+    return {**named_tensors(output), **{name: x for name, x in left.items() if x.requires_grad}}

@@ -63,20 +63,20 @@ def undisturbed(model: nn.Module) -> Iterator[RandomNumbers]:
 
 
 @contextmanager
-def attributes_restored(model: nn.Module) -> Iterator[list[str]]:
+def attributes_restored(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Tensors that a forward leaves on its modules (a state for the next one) are taken away again afterwards.
 
-    Yields a list that is filled, at the end, with the names of those that were there.
+    Yields a dict that is filled, at the end, with those that were there, by name.
     """
     before = [(path, m, {k: v for k, v in m.__dict__.items() if _may_hold(v)}) for path, m in model.named_modules()]
-    left: list[str] = []
+    left: dict[str, Tensor] = {}
     try:
         yield left
     finally:
         for path, m, held in before:
             for name, value in list(m.__dict__.items()):
                 if isinstance(value, Tensor) and value is not held.get(name):
-                    left.append(f"{path}.{name}" if path else name)
+                    left[f"{path}.{name}" if path else name] = value
                     if name in held:
                         m.__dict__[name] = held[name]
                     else:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import gc
 import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy
 import pytest
@@ -504,3 +508,93 @@ def test_dropout_is_off_while_probing(how: str) -> None:
     for model in models:
         GradSampleModule(model)(torch.randn(5, 4))
     assert models[0].calls == models[1].calls
+
+
+@dataclass
+class Given:
+    y: Any
+    aux: Any
+
+
+OUTPUTS: dict[str, Callable[[Any, Tensor, Tensor], Any]] = {
+    "tuple": lambda model, y, aux: (y, aux),
+    "in a dict": lambda model, y, aux: (y, {"losses": {"aux": aux}}),
+    "in a list": lambda model, y, aux: (y, [aux, aux]),
+    "in a dataclass": lambda model, y, aux: Given(y, [aux]),
+    "in an object": lambda model, y, aux: SimpleNamespace(y=y, aux=aux),
+    "of one entry": lambda model, y, aux: (y, aux.reshape(1)),
+    "expanded": lambda model, y, aux: (y, aux.expand(len(y))),
+    "left on the model": lambda model, y, aux: (setattr(model, "aux", aux), y)[1],
+}
+
+
+class Router(nn.Module):
+    """An auxiliary value beside the output, of the batch or of its samples."""
+
+    def __init__(self, out: Callable[[Any, Tensor, Tensor], Any], of: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.a, self.b, self.out, self.of = nn.Linear(3, 4), nn.Linear(3, 2), out, of
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self, self.b(x), self.of(self.a(x).softmax(1)))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("form", OUTPUTS)
+def test_an_auxiliary_loss_over_the_batch_is_refused_wherever_it_is(form: str, mode: str) -> None:
+    model = Router(OUTPUTS[form], lambda load: load.mean(0).square().sum())
+    with pytest.raises(SamplesInfluenceEachOther):
+        GradSampleModule(model, mode=mode)(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("of", [lambda load: load.mean(0), lambda load: load.t() @ load], ids=["load", "Gram matrix"])
+def test_a_value_of_the_batch_without_a_batch_dimension_is_refused(of: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(SamplesInfluenceEachOther, match="has no batch dimension, but depends on the samples"):
+        GradSampleModule(Router(OUTPUTS["tuple"], of))(torch.randn(5, 3))
+    GradSampleModule(Router(OUTPUTS["tuple"], lambda load: of(load).detach()))(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize("form", [form for form in OUTPUTS if form != "expanded"])
+def test_a_mean_of_the_samples_own_values_is_fine(form: str) -> None:
+    GradSampleModule(Router(OUTPUTS[form], lambda load: load.square().sum(1).mean()))(torch.randn(5, 3))
+
+
+def test_what_depends_on_parameters_alone_needs_no_batch_dimension() -> None:
+    model = Router(OUTPUTS["tuple"], lambda load: load.sum(1))
+    model.out = lambda model, y, aux: (y, model.a.weight.exp())
+    with pytest.raises(RuntimeError, match="without combining it"):  # at the backward, or as soon as it is known
+        out = GradSampleModule(model)(torch.randn(5, 3))
+        (out[0].sum() + out[1].sum()).backward()
+
+
+class Mixture(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return torch.distributions.Normal(y - y.mean(0), 1.0)
+
+
+def test_samples_that_mix_inside_a_distribution_are_seen() -> None:
+    with pytest.raises(SamplesInfluenceEachOther):
+        GradSampleModule(Mixture(3, 2))(torch.randn(5, 3))
+
+
+class Opaque(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        y = super().forward(x)
+        return lambda: y
+
+
+def test_an_output_in_which_nothing_is_found_is_refused() -> None:
+    with pytest.raises(ValueError, match="returned a function, in which no tensor was found"):
+        GradSampleModule(Opaque(3, 2))(torch.randn(5, 3))
+
+
+class RandomLoss(nn.Linear):
+    """A loss of its own, the mean of its samples', with random numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x) + torch.randn(len(x), self.out_features)).square().sum(1).mean()
+
+
+def test_a_mean_loss_with_random_numbers_is_the_mean_of_its_samples() -> None:
+    GradSampleModule(RandomLoss(3, 2))(torch.randn(5, 3)).backward()
