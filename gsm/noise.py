@@ -7,12 +7,14 @@ A noise part has one method, ``add_(tensors, std, sensitivity)``: it adds indepe
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from gsm.generators import Used
 from gsm.keystream import NormalStream, block, in_blocks, shaped
 
 #: Up to so many entries come straight from torch's generator.
@@ -42,6 +44,8 @@ class GaussianNoise:
     uniform numbers in float32: no deviate beyond 6.6 standard deviations). An observer who can exploit the gaps between
     floating-point numbers, or predict the generator, is outside of this guarantee and inside that of ``secure_mode``.
 
+    Numbers are never used twice: if something seeds the generator anew between two releases, the second is an error.
+
     Args:
         generator: the source of randomness; None is torch's global generator, so ``torch.manual_seed`` makes a run
             reproducible.
@@ -53,6 +57,7 @@ class GaussianNoise:
 
     def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
+        self._used = Used()
         self._refreshed = False
         self._process = os.getpid()
 
@@ -67,6 +72,10 @@ class GaussianNoise:
         check_dtypes(tensors)
         if os.getpid() != self._process:
             self.refresh()  # a forked process inherits the generator's state, and would repeat its parent's noise
+        with self._never_again():
+            self._add(tensors, std)
+
+    def _add(self, tensors: Sequence[Tensor], std: float) -> None:
         host = [t for t in tensors if t.is_cpu]
         if len(host) == len(tensors) and sum(t.numel() for t in host) <= FEW and self._draws_itself():
             return self._add_few(host, std)
@@ -81,6 +90,18 @@ class GaussianNoise:
             for t in tensors:
                 if t.device == device:
                     t.add_(torch.empty_like(t).normal_(generator=generator), alpha=std)
+
+    @contextmanager
+    def _never_again(self) -> Iterator[None]:
+        """Raises RuntimeError if the generator is about to give numbers that it gave in an earlier call."""
+        if self._refreshed:
+            yield
+            return
+        generator = self.generator or torch.default_generator
+        if self._used.holds(generator):
+            raise RuntimeError(REPEATED)
+        yield
+        self._used.add(generator)
 
     def _add_few(self, tensors: Sequence[Tensor], std: float) -> None:
         # One draw per tensor, in order: with the same seed the same noise as Opacus's.
@@ -99,6 +120,14 @@ class GaussianNoise:
 
     def __repr__(self) -> str:
         return f"GaussianNoise(generator={self.generator})"
+
+
+REPEATED = (
+    "The generator of the noise is where it was at an earlier release: the same noise would be added again, and the "
+    "difference of the two releases would show the data without any. Something seeds it anew (torch.manual_seed in "
+    "the model's forward or in the training loop?). Seed once, before the training; for fixed random numbers inside a "
+    "model use a torch.Generator of their own."
+)
 
 
 def check_dtypes(tensors: Sequence[Tensor]) -> None:

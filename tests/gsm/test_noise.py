@@ -13,7 +13,9 @@ from scipy import stats
 from gsm.keystream import CHUNK as RUN
 from gsm.noise import FEW as BLOCK
 from gsm.noise import GaussianNoise
+from gsm.optimizer import DPOptimizer
 from gsm.secure_noise import SecureNoise
+from gsm.wrapper import GradSampleModule
 
 
 @pytest.fixture
@@ -163,3 +165,41 @@ def test_a_forked_process_does_not_repeat_its_parents_noise(monkeypatch):
     monkeypatch.setattr("gsm.noise.os.getpid", lambda: -1)  # as in a fork, without what forks do to torch's threads
     assert bool((drawn(child) != expected).all())
     assert torch.equal(drawn(GaussianNoise(torch.Generator().manual_seed(0))), expected)  # one that it made itself
+
+
+@pytest.mark.parametrize("entries", [3, 900, 2**15 + 1], ids=["few", "some", "many"])
+@pytest.mark.parametrize("of_its_own", [True, False])
+def test_the_same_noise_is_never_added_twice(entries: int, of_its_own: bool) -> None:
+    """The difference of two releases with the same noise has none. 900 end in another block of the generator."""
+    generator = torch.Generator() if of_its_own else None
+    noise, seed = GaussianNoise(generator), (generator.manual_seed if generator else torch.manual_seed)
+    seed(0)
+    for _ in range(3):
+        noise.add_([torch.zeros(entries)], 1.0, 1.0)
+    seed(1)
+    noise.add_([torch.zeros(entries)], 1.0, 1.0)
+    seed(0)
+    torch.rand(1, generator=generator)  # shifted, but of the same numbers
+    with pytest.raises(RuntimeError, match="seeds it anew"):
+        noise.add_([torch.zeros(entries)], 1.0, 1.0)
+    noise.refresh()
+    noise.add_([torch.zeros(entries)], 1.0, 1.0)
+
+
+class Reseeding(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        return super().forward(x * (torch.rand(x.shape[1]) < 0.5))
+
+
+def test_a_model_that_seeds_the_generator_is_stopped_before_its_second_release() -> None:
+    model = GradSampleModule(Reseeding(3, 2))
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
+    )
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model(torch.randn(4, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="torch.manual_seed in the model's forward"):
+        optimizer.step()
