@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from gsm.capture import Capture, CapturedForward, tensors_in
-from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther
+from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther, Unresolvable
 from gsm.locate import Log
 from gsm.random_numbers import TURNS, Settled, settled
 from gsm.scalars import compare_alone, named_scalars, uneven_labels
 from gsm.shown import BOTH_ENDS, check_influence, learned, learned_outputs, same
 from gsm.structures import make_known, named_tensors
 from gsm.trial import Trial, Tried, all_given, sizes_for
-from gsm.undisturbed import attributes_restored, saved_bytes, undisturbed
+from gsm.undisturbed import attributes_restored, buffers_restored, saved_bytes, undisturbed
 
 
 def probe(
@@ -40,9 +40,22 @@ def probe(
         gsm.layout.Unresolvable: if a parameter's use has no rule (the caller escalates to the subtree and tries again).
         SamplesInfluenceEachOther: if a sample's values change with its neighbours.
     """
-    tape, trial = capture.tape, Trial(capture, forward, args, kwargs, size)
+    trial = Trial(capture, forward, args, kwargs, size)
+    try:
+        _probe(trial, strict)
+    except (Unresolvable, SamplesInfluenceEachOther):
+        raise
+    except Exception:
+        # Numbers in between or beyond those of the batch may be none that the model takes (probabilities, columns with
+        # a meaning of their own). If it was not that, the same comes again.
+        trial.mild = True
+        _probe(trial, strict)
+
+
+def _probe(trial: Trial, strict: bool) -> None:
+    capture, tape = trial.capture, trial.capture.tape
     tape.layouts = {}
-    first, second = sizes_for(tensors_in(*make_known((args, kwargs))))
+    first, second = sizes_for(tensors_in(*make_known((trial.args, trial.kwargs))))
     left: dict[str, Tensor] = {}
     for attempt in range(4):
         logs: list[Log] = []
@@ -52,7 +65,8 @@ def probe(
                 log = Log()
                 log.dry = attempt == 0
                 inputs = trial.inputs(n, skip)
-                with saved_bytes(capture.root) as saved, attributes_restored(capture.root) as left:
+                restored = buffers_restored(capture.root), attributes_restored(capture.root)
+                with saved_bytes(capture.root) as saved, restored[0], restored[1] as left:
                     out = trial.call(inputs, n, log)
                 outputs.append(all_given(out, left))
                 logs.append(log)
@@ -127,7 +141,8 @@ def _check_forgets(trial: Trial, size: int, left: dict[str, Tensor]) -> None:
     """Refuses a model whose output depends on what an earlier forward left on it: batches influence each other."""
     inputs = trial.inputs(size)
     with undisturbed(trial.capture.root) as random_numbers, attributes_restored(trial.capture.root):
-        one = named_tensors(trial.call(inputs, size))
+        with buffers_restored(trial.capture.root):
+            one = named_tensors(trial.call(inputs, size))
         random_numbers.again()
         two = named_tensors(trial.call(inputs, size))
     if not all(same(x.detach(), two[name].detach()) for name, x in one.items()):

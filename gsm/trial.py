@@ -15,6 +15,7 @@ from gsm.bags import bags_in, regrouped
 from gsm.capture import Capture, CapturedForward
 from gsm.locate import Log
 from gsm.structures import named_tensors
+from gsm.tracked import Tracked
 from gsm.undisturbed import attributes_restored, undisturbed
 
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
@@ -28,14 +29,25 @@ def sizes_for(inputs: list[Tensor]) -> tuple[int, int]:
 
 
 def resized(
-    value: Any, size: int, new: int, batch_first: bool, skip: int = 0, bags: bool = False, other: int | None = None
+    value: Any,
+    size: int,
+    new: int,
+    batch_first: bool,
+    skip: int = 0,
+    bags: bool = False,
+    other: int | None = None,
+    mild: bool = False,
 ) -> Any:
-    """The arguments with ``new`` samples in place of ``size``; the one at ``other`` (0 or -1) changed.
+    """The arguments with ``new`` samples in place of ``size``; the one at ``other`` (0 or -1) exchanged.
 
     The first and the last sample stay; between them are the second and following ones, ``skip`` of them left out.
-    Where there are too few, they come again, changed (rolled along the last dimension and, if floating, scaled): two
-    calls with different ``skip`` have the first and the last sample in common and no other. Both are needed: what
-    runs along the batch (a sum so far, a recurrence that takes the batch for time) reaches only later samples.
+    Where there are too few, they come again. Two calls with different ``skip`` have the first and the last sample in
+    common and no other. Both are needed: what runs along the batch (a sum so far, a recurrence that takes the batch for
+    time) reaches only later samples.
+
+    Of floating numbers, samples that come again are changed (rolled along the last dimension and scaled), so that no
+    two are alike; not if ``mild``, which leaves only what the batch itself holds. Integers are those of another sample,
+    as they may be indices into tables of different lengths, unless there is only one.
     """
     turns = [(min(i, size - 1), max(0, i - size + 1)) for i in [0, *range(1 + skip, new - 1 + skip), size - 1]]
     if other is not None:
@@ -54,12 +66,17 @@ def resized(
         if dim is None:
             preferred = 0 if batch_first or x.dim() < 2 else 1
             dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
-        # In their order, the last one repeated: lengths that were sorted stay sorted.
-        rows = [_changed(x.select(dim, i), times) for i, times in turns]
-        if skip and x.is_floating_point():  # neighbours that outweigh both: a maximum over the batch shows as well
+        floating = x.is_floating_point()
+        invented = not mild and (floating or (size == 1 and not x.is_cuda))
+        if invented or (x.dim() == 1 and not floating):
+            # In their order, the last one repeated: lengths that were sorted stay sorted.
+            rows = [_changed(x.select(dim, i), times) for i, times in turns]
+        else:
+            rows = [x.select(dim, (i + times) % size) for i, times in turns]
+        if skip and invented and floating:  # neighbours that outweigh both: a maximum over the batch shows
             rows[1:-1] = [3 * row for row in rows[1:-1]]
         out = torch.stack(rows, dim)
-        return out.detach().requires_grad_(x.requires_grad) if x.is_floating_point() else out
+        return out.detach().requires_grad_(x.requires_grad) if floating else out
 
     return tree_map(pick, value, is_leaf=lambda x: isinstance(x, PackedSequence))
 
@@ -83,6 +100,7 @@ class Trial:
         args: its arguments, for ``size`` samples.
         kwargs: those given by name.
         size: the batch size.
+        mild: only samples as they are in the batch: invented ones may be out of what the model can take.
     """
 
     capture: Capture
@@ -90,11 +108,14 @@ class Trial:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     size: int
+    mild: bool = False
 
     def inputs(self, n: int, skip: int = 0, other: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for ``n`` samples, see :func:`resized`."""
         batch_first, bags = self.capture.tape.batch_first, self.capture.has_bags
-        args, kwargs = resized((self.args, self.kwargs), self.size, n, batch_first, skip, bags, other)
+        args, kwargs = resized(
+            (self.args, self.kwargs), self.size, n, batch_first, skip, bags, other, self.mild
+        )
         return args, kwargs
 
     def call(self, inputs: tuple[tuple[Any, ...], dict[str, Any]], n: int, log: Log | None = None) -> Any:
@@ -126,5 +147,9 @@ class Trial:
 
 
 def all_given(output: Any, left: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an output and, as a loss may use them too, those with a graph that stayed on the model."""
-    return {**named_tensors(output), **{name: x for name, x in left.items() if x.requires_grad}}
+    """The tensors of an output and, as a loss may use them too, those with a graph that stayed on the model.
+
+    A tracked one is a function of parameters alone (an old-style weight norm leaves the weight).
+    """
+    kept = {name: x for name, x in left.items() if not isinstance(x, Tracked) and x.requires_grad}
+    return {**named_tensors(output), **kept}

@@ -33,8 +33,6 @@ class NoDropout(TorchFunctionMode):
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[RandomNumbers]:
     """No dropout inside; random state and buffers as before afterwards."""
-    named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
-    held = [(m, name, b, b.detach().clone()) for m, name, b in named]
     dropouts = [m for m in model.modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
     # Attention and recurrent layers hand their dropout to functions that hide it from NoDropout.
     hidden: list[tuple[Any, float]] = [
@@ -47,7 +45,7 @@ def undisturbed(model: nn.Module) -> Iterator[RandomNumbers]:
             m.training = False
         for layer, _ in hidden:
             layer.dropout = 0.0
-        with NoDropout():
+        with NoDropout(), buffers_restored(model):
             yield random_numbers
     finally:
         random_numbers.again()
@@ -55,6 +53,16 @@ def undisturbed(model: nn.Module) -> Iterator[RandomNumbers]:
             m.training = True
         for layer, p in hidden:
             layer.dropout = p
+
+
+@contextmanager
+def buffers_restored(model: nn.Module) -> Iterator[None]:
+    """What a forward writes into buffers (running means, a power iteration) is gone afterwards."""
+    named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    held = [(m, name, b, b.detach().clone()) for m, name, b in named]
+    try:
+        yield
+    finally:
         with torch.no_grad():
             for module, name, b, before in held:
                 module._buffers[name] = b  # a forward may have put another tensor in its place

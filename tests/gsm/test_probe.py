@@ -598,3 +598,62 @@ class RandomLoss(nn.Linear):
 
 def test_a_mean_loss_with_random_numbers_is_the_mean_of_its_samples() -> None:
     GradSampleModule(RandomLoss(3, 2))(torch.randn(5, 3)).backward()
+
+
+class Factors(nn.Module):
+    """Users and items in one table of indices, of different numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.users, self.items = nn.Embedding(50, 3), nn.Embedding(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.users(x[:, 0].long()) * self.items(x[:, 1].long())).sum(1)
+
+
+class Likelihood(nn.Linear):
+    """Takes probabilities only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.binary_cross_entropy(super().forward(x).sigmoid(), x, reduction="none").sum(1)
+
+
+class Packed(nn.Module):
+    """Wants the longest sequence first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.cell = nn.Embedding(9, 3), nn.GRU(3, 3, batch_first=True)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(self.table(ids), lengths, batch_first=True)
+        return self.cell(packed)[1][0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6, 32])
+@pytest.mark.parametrize("kind", ["indices", "indices as floats", "probabilities", "zeros and ones", "sorted lengths"])
+def test_samples_are_tried_that_the_model_can_take(kind: str, size: int) -> None:
+    torch.manual_seed(size)
+    x = torch.stack([torch.randint(20, 50, (size,)), torch.randint(4, (size,))], 1)
+    model: nn.Module = Factors() if "indices" in kind else Packed() if "lengths" in kind else Likelihood(3, 3)
+    if kind == "sorted lengths":
+        args: tuple[Tensor, ...] = torch.randint(9, (size, 7)), torch.randint(1, 8, (size,)).sort(descending=True)[0]
+    elif "indices" in kind:
+        args = (x.float() if "floats" in kind else x,)
+    else:
+        args = (torch.rand(size, 3).round() if "ones" in kind else torch.rand(size, 3),)
+    wrapped = GradSampleModule(model)
+    wrapped(*args).sum().backward()
+    assert wrapped.per_sample_gradient_norms.shape == (size,)
+
+
+def test_an_error_of_the_model_itself_is_passed_on() -> None:
+    with pytest.raises(IndexError):
+        GradSampleModule(Factors())(torch.full((4, 2), 20))
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_power_iteration_that_goes_on_is_no_influence(norm: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Conv2d(8, 8, 3)), nn.Flatten(), nn.Linear(8, 1))
+    GradSampleModule(model)(torch.randn(4, 3, 5, 5)).sum().backward()
