@@ -197,7 +197,7 @@ class PrivacyEngine:
                 "start, so the total will exceed target_epsilon. Use a new engine for a new training.",
                 stacklevel=2,
             )
-        steps = {"steps": total_steps} if epochs is None else {"epochs": epochs}
+        steps = {"steps": total_steps} if epochs is None else {"epochs": preparation.passes(data_loader, epochs)}
         noise_multiplier = accountants.get_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
