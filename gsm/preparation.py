@@ -234,7 +234,7 @@ def rate_of(loader: Any) -> float:
 
 def passes(loader: Any, epochs: Any) -> Any:
     """``epochs`` over a loader in passes over the data: more where its sampler draws over 1 / sample_rate batches."""
-    sampler = getattr(loader, "batch_sampler", None)
+    sampler: Any = getattr(loader, "batch_sampler", None)
     own = getattr(sampler, "sample_rate", None)
     batches = 0 if own is None else len(sampler) * own
     return epochs * batches if batches > 1 + 1e-9 else epochs
