@@ -194,17 +194,19 @@ def test_dataclasses_and_distributions_are_cut(law: str) -> None:
 def test_a_model_that_runs_on_zero_rows_is_not_run_on_a_made_up_one() -> None:
     class Counting(nn.Linear):
         rows: list[int] = []
-        last: Tensor | None = None
+        kept: list[Tensor] = []
 
         def forward(self, x: Tensor) -> Tensor:
             self.rows.append(len(x))
             self.last = x * 1
+            self.kept.append(self.last)
             return super().forward(x)
 
     plain = Counting(2, 2)
-    model = GradSampleModule(plain)
+    model = GradSampleModule(nn.Sequential(plain, nn.Tanh()))
     state = torch.get_rng_state()
     model(torch.zeros(0, 2)).sum().backward()
+    assert plain.last is plain.kept[0]
     assert plain.rows == [0, 0] and torch.equal(torch.get_rng_state(), state)
     model(torch.zeros(0, 2)).sum().backward()
     assert plain.rows == [0, 0, 0]  # tried without the capture once only
