@@ -225,6 +225,7 @@ class PrivacyEngine:
         self.dataset = getattr(loader, "dataset", None)
         if isinstance(optimizer, preparation.DPOptimizer):
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
+            optimizer.of_engine = True
             optimizer.independent_batches = poisson_sampling
             optimizer.journal = self.journal
         else:

@@ -230,6 +230,18 @@ def test_every_step_of_the_epochs_is_within_the_budget(poisson):
     assert 2.97 <= engine.get_epsilon(1e-5) <= 3.0
 
 
+@pytest.mark.parametrize("other", [None, accountants.RDPAccountant()])
+def test_the_optimizer_of_an_engine_keeps_its_accountant(other):
+    engine, model, optimizer, loader = private(PrivacyEngine(accountant="rdp"))
+    with pytest.raises(ValueError, match=r"get_epsilon\(\) would fall behind.*PrivacyEngine\(accountant="):
+        optimizer.accountant = other
+    optimizer.accountant = engine.accountant  # the same one: nothing changes
+    second = accountants.create_accountant("gdp")
+    optimizer.attach_step_hook(second.get_optimizer_hook_fn(1 / 6))
+    train(model, optimizer, loader)
+    assert engine.accountant.history == second.history == [(1.0, 1 / 6, 6)]
+
+
 def test_accountants_by_name_and_by_object():
     mine = accountants.RDPAccountant()
     assert PrivacyEngine(accountant=mine).accountant is mine
