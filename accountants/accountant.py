@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import math
 from collections import OrderedDict
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from copy import copy, deepcopy
 from typing import Any
 
@@ -43,9 +43,23 @@ class IAccountant(abc.ABC):
 
     def __init__(self, *, sampling: str = "poisson", relation: str = "add_remove") -> None:
         check_assumptions(sampling, relation)
-        self.history: list[tuple[float, float, int]] = []
+        self.history = []
         self.sampling = sampling
         self.relation = relation
+
+    @property
+    def history(self) -> list[tuple[float, float, int]]:
+        """The steps charged so far; a list that is assigned is kept as it is, and read at every question."""
+        return self._history
+
+    @history.setter
+    def history(self, entries: list[tuple[float, float, int]]) -> None:
+        if isinstance(entries, str) or not isinstance(entries, Sequence | np.ndarray):
+            raise TypeError(
+                "history must be a list of (noise_multiplier, sample_rate, num_steps), got "
+                f"{type(entries).__name__}; for an account without steps assign []"
+            )
+        self._history = entries if isinstance(entries, list) else list(entries)
 
     @classmethod
     @abc.abstractmethod

@@ -36,7 +36,7 @@ def get_noise_multiplier(
         target_epsilon: above 0.
         target_delta: in (0, 1).
         sample_rate: probability in (0, 1] that a record is in a step's batch.
-        epochs: passes over the data, each of 1 / sample_rate steps; or
+        epochs: passes over the data, each of 1 / sample_rate steps (:func:`steps_in`); or
         steps: number of steps. Exactly one of the two.
         accountant: a registered name, or an accountant whose sampling and relation are to hold (its history is not
         used).
@@ -58,7 +58,7 @@ def get_noise_multiplier(
     target, delta = checks.target_epsilon(target_epsilon), checks.delta(target_delta, "target_delta")
     q = _positive(checks.sample_rate(sample_rate), "sample_rate")
     if steps is None:
-        steps = int(_positive(checks.number(epochs, "epochs"), "epochs") / q)
+        steps = steps_in(_positive(checks.number(epochs, "epochs"), "epochs"), q)
     count = checks.steps(steps)
     tolerance = _tolerance(target, epsilon_tolerance)
     epsilon = _curve(accountant, delta, kwargs)
@@ -70,6 +70,23 @@ def get_noise_multiplier(
             f"The privacy budget is too low: epsilon = {target:g} at delta = {delta:g} needs more noise than 1e9"
         )
     return sigma
+
+
+def steps_in(epochs: float, sample_rate: float) -> int:
+    """Steps of so many passes over the data, a part of a step counted whole: ``ceil(epochs / sample_rate)``.
+
+    Rounding down would charge fewer steps than are run, also where only the division is inexact: 3 / (1 / 75) is
+    224.99999999999997 in floating point, and 225 steps at the noise for 224 exceed the budget. A billionth of a step is
+    no step, as 11.000000000000002 is 11.
+
+    Example:
+        >>> steps_in(3, 1 / 75), steps_in(1.3, 1 / 8)
+        (225, 11)
+    """
+    steps = epochs / sample_rate
+    if steps > MAX_STEPS:
+        raise ValueError(f"{epochs:g} epochs at sample_rate {sample_rate:g} are more than {MAX_STEPS} steps")
+    return math.ceil(steps - 1e-9)
 
 
 def get_num_steps(

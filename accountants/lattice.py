@@ -161,7 +161,7 @@ def _edges(pair: Pair, lowest: float, highest: float, step: float, count: int) -
 
 
 def _count(length: float, step: float) -> int:
-    count = math.ceil(length / step) + 3
-    if count > 4 * MAX_POINTS:
-        raise OverflowError(f"{count} lattice points")
-    return max(count, 3)
+    points = length / step
+    if not points <= 4 * MAX_POINTS - 3:  # nor is NaN: no plan was found where losses are in the thousands
+        raise OverflowError(f"{points:g} lattice points")
+    return max(math.ceil(points) + 3, 3)

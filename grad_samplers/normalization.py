@@ -110,7 +110,7 @@ def _channelwise(layer: Layer, a: Tensor, g: Tensor, groups: int, statistics: Se
     pair = (getattr(layer, "weight", None), getattr(layer, "bias", None))
     weights = {p: i for i, p in enumerate(pair) if p is not None and p.requires_grad}
     if batch == 0:
-        return {p: a.new_zeros(0, channels) for p in weights}
+        return {p: a.new_zeros(0, *p.shape) for p in weights}  # folded rows of nobody may show no channels either
     size = a.shape[2:].numel()
     mean, rstd = statistics or torch.native_group_norm(a, None, None, batch, channels, size, groups, layer.eps)[1:]
     ones = a.new_ones(batch * channels)

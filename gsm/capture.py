@@ -202,21 +202,28 @@ class Capture:
         return self.run_pass(forward, args, kwargs, size)
 
     def _without_samples(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An empty batch: as it is where the model can, else as :mod:`gsm.empty` says."""
+        """An empty batch: as it is where the model can, there and back, else as :mod:`gsm.empty` says."""
         from gsm import empty  # it needs what is built on this module
 
+        out, failed = None, None
         try:
-            if self.whole is not None and forward.module is self.root:
-                return self.whole(args, kwargs, 0)
-            return self.run_pass(forward, args, kwargs, 0)
+            whole = self.whole if forward.module is self.root else None
+            out = self.run_pass(forward, args, kwargs, 0) if whole is None else whole(args, kwargs, 0)
+            if empty.has_backward(forward, self.root, self.tape, args, kwargs):
+                return out
         except Exception as error:
+            failed = error
+        for fill in (0, 1):
             try:
                 with torch.no_grad():
-                    out = forward.original(*empty.with_one_row(args), **empty.with_one_row(kwargs))
+                    row = forward.original(*empty.with_one_row(args, fill), **empty.with_one_row(kwargs, fill))
             except Exception:
-                raise error from None
+                continue
             tracked = list({id(t): t for _, _, t in self._sites}.values())
-            return empty.cut(out, self.tape.begin(0), tracked, self.tape.batch_first)
+            return empty.cut(row, self.tape.begin(0), tracked, self.tape.batch_first)
+        if failed is not None:
+            raise failed
+        return out
 
     def run_pass(
         self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int, log: Any = None

@@ -197,7 +197,7 @@ class PrivacyEngine:
                 "start, so the total will exceed target_epsilon. Use a new engine for a new training.",
                 stacklevel=2,
             )
-        steps = {"steps": total_steps} if epochs is None else {"epochs": epochs}
+        steps = {"steps": total_steps} if epochs is None else {"epochs": preparation.passes(data_loader, epochs)}
         noise_multiplier = accountants.get_noise_multiplier(
             target_epsilon=target_epsilon,
             target_delta=target_delta,
@@ -225,6 +225,7 @@ class PrivacyEngine:
         self.dataset = getattr(loader, "dataset", None)
         if isinstance(optimizer, preparation.DPOptimizer):
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
+            optimizer.of_engine = True
             optimizer.independent_batches = poisson_sampling
             optimizer.journal = self.journal
         else:

@@ -102,6 +102,8 @@ def _check_replaceable(loader: Any, distributed: bool) -> None:
 class DPDataLoader(opacus.data_loader.DPDataLoader):
     """A loader of Poisson batches: their size varies, and a batch may be empty (zero rows, same structure).
 
+    A loss that cannot take a batch without rows (``F.ctc_loss``) is ``out.sum() * 0`` there; the step is taken as ever.
+
     Args:
         dataset: map-style dataset with a length.
         sample_rate: probability with which each record enters each batch, in (0, 1].
@@ -189,6 +191,14 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
         skipped = handed - (optimizer.releases - before)
         if empty and skipped == empty:
             warnings.warn(SKIPPED.format(n=empty), stacklevel=2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the optimizer: a copy's batches are not its."""
+        return {name: value for name, value in self.__dict__.items() if name != "optimizer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.batch_sampler.refresh()  # type: ignore[union-attr]  # the copy and the original draw different batches
 
     @classmethod
     def from_data_loader(

@@ -31,7 +31,7 @@ from gsm.optimizer_checks import (
     check_wrapped,
     checked_rate,
 )
-from gsm.optimizer_interface import Accountant, OptimizerInterface
+from gsm.optimizer_interface import OptimizerInterface
 from gsm.release import PendingRelease
 from gsm.secure_noise import SecureNoise
 
@@ -95,8 +95,6 @@ class DPOptimizer(OptimizerInterface):
         self.clipping = _make_clipping(clipping, max_grad_norm)
         self.noise: Noise = noise or (SecureNoise() if secure_mode else GaussianNoise(generator))
         self.noise_multiplier = noise_multiplier
-        #: Charged once per release, at ``sample_rate`` per sample; None: nobody keeps the account.
-        self.accountant: Accountant | None = None
         self.sample_rate: float | None = None
         #: True where every batch of the loader is a random sample of its own (Poisson sampling), so that two of them
         #: can hold the same record unless the loader says, with signal_skip_step, that they are parts of one sample.

@@ -32,6 +32,9 @@ class OptimizerInterface(OpacusDPOptimizer):
     clipping: Clipping
     noise: Noise
     _pending: PendingRelease
+    _accountant: Accountant | None = None
+    #: True where a :class:`gsm.PrivacyEngine` made this optimizer and reads the account that it charges.
+    of_engine = False
 
     def _reset(self) -> None:
         raise NotImplementedError
@@ -120,6 +123,21 @@ class OptimizerInterface(OpacusDPOptimizer):
     def generator(self) -> torch.Generator | None:
         """The seedable source of the noise, if it has one."""
         return getattr(self.noise, "generator", None)
+
+    @property
+    def accountant(self) -> Accountant | None:
+        """Charged once per release, at ``sample_rate`` per sample; None: nobody keeps the account."""
+        return self._accountant
+
+    @accountant.setter
+    def accountant(self, value: Accountant | None) -> None:
+        if self.of_engine and value is not self._accountant:
+            raise ValueError(
+                "optimizer.accountant is the one of the PrivacyEngine that made this optimizer, whose get_epsilon() "
+                "would fall behind: choose it before, with PrivacyEngine(accountant=...), or attach_step_hook("
+                "accountant.get_optimizer_hook_fn(sample_rate)) to keep a second account."
+            )
+        self._accountant = value
 
     def attach_step_hook(self, fn: Callable[[Any], None]) -> None:
         """Calls ``fn(optimizer)`` at every release, after the noise and before the update.

@@ -232,6 +232,14 @@ def rate_of(loader: Any) -> float:
     return own if own is not None else 1 / batches_per_epoch(loader)
 
 
+def passes(loader: Any, epochs: Any) -> Any:
+    """``epochs`` over a loader in passes over the data: more where its sampler draws over 1 / sample_rate batches."""
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    own = getattr(sampler, "sample_rate", None)
+    batches = 0 if own is None else len(sampler) * own
+    return epochs * batches if batches > 1 + 1e-9 else epochs
+
+
 def expected_batch_size(loader: Any, sample_rate: float, distributed: bool) -> float:
     """Records per batch and process on average, rounded down as in Opacus; what the noisy sum is divided by."""
     exact = len(loader.dataset) * sample_rate

@@ -133,7 +133,7 @@ class PrivacyEngine:
             target_epsilon=target_epsilon,
             target_delta=self.target_delta,
             sample_rate=self.sample_rate,
-            steps=math.ceil(epochs / self.sample_rate),
+            epochs=epochs,
             accountant=mechanism,
             **self._options(mechanism),
         )

@@ -120,6 +120,10 @@ class Tape:
     ) -> None:
         """Takes the output gradient of one use of one or more parameters; ``aside``: how to take them apart."""
         self._mark(group)
+        if record.batch_size == 0:  # rows of nobody may lack dimensions that samplers need
+            for placeholder, target in targets:
+                self._add(group, target, Dense(placeholder.new_zeros(0, *placeholder.shape)))
+            return
         if self.mode == "hooks" or self.planner.keeps(record, targets[0][1].gsm_name):
             grads = record.gradients()
             for placeholder, target in targets:
@@ -147,7 +151,10 @@ class Tape:
     def receive_layer(self, group: Group, record: Record, params: Sequence[nn.Parameter]) -> None:
         """Takes the output gradient of a whole layer with a registered sampler."""
         self._mark(group)
-        if self.mode == "hooks" or self.planner.keeps(record, self.names.get(id(params[0]))):
+        if record.batch_size == 0:
+            for p in params:
+                self._add_to(group, p, Dense(p.new_zeros(0, *p.shape)))
+        elif self.mode == "hooks" or self.planner.keeps(record, self.names.get(id(params[0]))):
             grads = record.gradients()
             for p in params:
                 self._add_to(group, p, Dense(grads[p]))

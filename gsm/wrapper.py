@@ -20,6 +20,18 @@ from gsm.planner import Planner
 from gsm.tape import Tape
 from gsm.walk import CapturePlan, mixing_modules, prepare
 
+ACCUMULATES = (
+    "Poisson sampling is not compatible with grad accumulation. You need to call optimizer.step() after "
+    "every forward/backward pass, or split logical batches with max_physical_batch_size=."
+)
+USED = (
+    " Here the gradients of the last step() are still there: call the private optimizer's zero_grad() before this "
+    "backward (with a GAN, before the generator's backward through the discriminator, too)."
+)
+OUTSIDE = (
+    " Here an earlier backward's gradients wait only at {names}: if the private optimizer does not hold them, freeze "
+    "them with requires_grad_(False) before make_private, or put them into the optimizer."
+)
 MODES = ("auto", "hooks", "ghost", "functorch", "loop")
 
 
@@ -129,12 +141,20 @@ class GradSampleModule(AbstractGradSampleModule):
     def _after_backward(self) -> None:
         if self.grad_accumulation_allowed:
             return
-        held = [getattr(p, "grad_sample", None) for p in self._tape.params]
-        if any(isinstance(h, list) and len(h) > 1 for h in held) or sum(g.delivered for g in self._tape.groups) > 1:
-            raise ValueError(
-                "Poisson sampling is not compatible with grad accumulation. You need to call optimizer.step() after "
-                "every forward/backward pass, or split logical batches with max_physical_batch_size=."
-            )
+        tape = self._tape
+        trainable = [p for p in tape.params if p.requires_grad]
+        earlier = {p: h[:-1] for p in trainable if isinstance(h := getattr(p, "grad_sample", None), list) and h[1:]}
+        before = [g for g in tape.groups if g.delivered][:-1]
+        if not earlier and not before:
+            return
+        used = bool(earlier) and all(hasattr(g, "_processed") for held in earlier.values() for g in held)
+        left = [p for p in trainable if p in earlier or any(g.holds_any([p]) for g in before)]
+        why = ACCUMULATES
+        if used and not before:
+            why += USED
+        elif 0 < len(left) < len(trainable):
+            why += OUTSIDE.format(names=", ".join(tape.names[id(p)] for p in left[:5]))
+        raise ValueError(why)
 
     # -- what a user looks at ----------------------------------------------------------------------------------------
 

@@ -194,3 +194,23 @@ def test_registry() -> None:
     assert type(create_accountant("mine")) is Mine
     with pytest.raises(ValueError, match="Unexpected accounting mechanism: 'nope'"):
         create_accountant("nope")
+
+
+@pytest.mark.parametrize("name", ["rdp", "gdp", "prv", "pld"])
+@pytest.mark.parametrize("value", [None, "poisson", 3])
+def test_a_history_that_is_none_is_refused_where_it_is_assigned(name: str, value: object) -> None:
+    accountant = create_accountant(name)
+    accountant.step(noise_multiplier=1.0, sample_rate=0.1)
+    with pytest.raises(TypeError, match=r"history must be a list of .* got (NoneType|str|int); .* assign \[\]"):
+        accountant.history = value  # type: ignore[assignment]
+    assert accountant.history == [(1.0, 0.1, 1)]
+
+
+def test_a_history_is_the_list_that_was_assigned() -> None:
+    accountant, entries = create_accountant("rdp"), [(1.0, 0.1, 2)]
+    accountant.history = entries
+    entries.append((2.0, 0.1, 1))
+    assert accountant.history is entries and accountant.num_steps == 3
+    accountant.history = ((1.0, 0.1, 2),)  # type: ignore[assignment]
+    accountant.step(noise_multiplier=1.0, sample_rate=0.1)
+    assert accountant.history == [(1.0, 0.1, 3)]

@@ -3,6 +3,7 @@
 import pytest
 
 from accountants import PLDAccountant, create_accountant, get_noise_multiplier, get_num_steps, get_sample_rate
+from accountants.calibrate import steps_in
 
 SETTING = {"target_delta": 1e-5, "sample_rate": 0.01}
 
@@ -33,10 +34,27 @@ def test_a_small_target_of_prv_needs_a_small_error() -> None:
     assert spent("pld", fine, 0.01, 1000) > 0.98 * 0.01 > spent("pld", coarse, 0.01, 1000)
 
 
-def test_default_is_prv_and_epochs_are_steps_as_in_opacus() -> None:
+def test_default_is_prv_and_epochs_are_steps() -> None:
     by_epochs = get_noise_multiplier(target_epsilon=2.0, epochs=3, target_delta=1e-5, sample_rate=0.03)
     assert by_epochs == get_noise_multiplier(target_epsilon=2.0, steps=100, target_delta=1e-5, sample_rate=0.03)
     assert spent("prv", by_epochs, 0.03, 100) <= 2.0
+
+
+@pytest.mark.parametrize("batches, epochs, run", [(75, 3, 225), (8, 1.3, 11), (49, 1, 49), (100, 7, 700), (3, 0.1, 1)])
+def test_every_step_of_the_epochs_is_within_the_budget(batches: int, epochs: float, run: int) -> None:
+    assert steps_in(epochs, 1 / batches) == run
+    setting = {"target_epsilon": 3.0, "target_delta": 1e-5, "sample_rate": 1 / batches, "accountant": "rdp"}
+    assert get_noise_multiplier(epochs=epochs, **setting) == get_noise_multiplier(steps=run, **setting)
+
+
+def test_no_whole_number_of_passes_gains_or_loses_a_step_by_rounding() -> None:
+    wrong = [(n, k) for n in range(1, 300) for k in range(1, 60) if steps_in(k, 1 / n) != n * k]
+    assert not wrong
+
+
+def test_more_steps_than_can_be_taken_are_refused() -> None:
+    with pytest.raises(ValueError, match="1e.300 epochs"):
+        get_noise_multiplier(target_epsilon=1.0, epochs=1e300, **SETTING)
 
 
 def test_an_accountant_lends_its_assumptions_and_keeps_its_history() -> None:

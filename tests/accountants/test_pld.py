@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accountants import PLDAccountant
+from accountants import PLDAccountant, create_accountant
 
 DATA = Path(__file__).parent / "data"
 TRUTH = json.loads((DATA / "truth.json").read_text(encoding="utf-8"))["rows"]
@@ -163,3 +163,15 @@ def test_copies_and_pickles_without_its_memory() -> None:
     epsilon = accountant.get_epsilon(1e-5)
     again = pickle.loads(pickle.dumps(accountant))
     assert again.history == accountant.history and again.get_epsilon(1e-5) == epsilon
+
+
+def test_losses_beyond_floating_point_are_bounded_by_renyi_divergences() -> None:
+    """exp(700) is the largest loss that a lattice can hold."""
+    accountant, renyi = PLDAccountant(), create_accountant("rdp")
+    accountant.history = renyi.history = [(0.006, 0.125, 8)]
+    lower, upper = accountant.get_epsilon_bounds(1e-5)
+    # Truth: that some coordinate is above 1/2 has probability over 0.6 with the record (it is in one of eight batches
+    # with probability 0.66), and at most 8 exp(-0.125 / sigma^2) without it.
+    assert lower <= upper == accountant.get_epsilon(1e-5) <= renyi.get_epsilon(1e-5) < 1.1e5
+    assert upper > 0.125 / 0.006**2 + math.log((0.6 - 1e-5) / 8)
+    assert accountant.get_delta(0.1 / 0.006**2) == 1.0

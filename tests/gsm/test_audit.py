@@ -250,7 +250,7 @@ def test_watching_and_asking_are_checked():
     step()
     with pytest.raises(ValueError, match=r"confidence must lie in \(0, 1\)"):
         audit.report(delta=1e-5, confidence=1.0)
-    optimizer.accountant = None
+    optimizer.of_engine, optimizer.accountant = False, None  # as one that was made by hand
     with pytest.raises(ValueError, match="no accountant: pass the claim"):
         audit.report(delta=1e-5)
     assert audit.report(delta=1e-5, epsilon=100.0).ok

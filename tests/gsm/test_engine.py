@@ -213,6 +213,35 @@ def test_target_epsilon_is_met_and_not_exceeded(accountant, length):
     assert 2.97 <= engine.get_epsilon(1e-5) <= 3.0
 
 
+@pytest.mark.parametrize("poisson", [False, True])  # 3 / (1 / 75) is 224.99999999999997
+def test_every_step_of_the_epochs_is_within_the_budget(poisson):
+    model, optimizer, _ = parts()
+    data = TensorDataset(*dataset()[:75])
+    # A loader of Poisson batches may draw more of them than make up one pass over the data.
+    loader = DPDataLoader(data, sample_rate=0.02, steps=75) if poisson else DataLoader(data, batch_size=1)
+    engine = PrivacyEngine(accountant="rdp")
+    model, optimizer, loader = engine.make_private_with_epsilon(
+        module=model, optimizer=optimizer, data_loader=loader, target_epsilon=3.0, target_delta=1e-5,
+        max_grad_norm=1.0, epochs=3,
+    )  # fmt: skip
+    for _ in range(3):
+        train(model, optimizer, loader)
+    assert engine.accountant.num_steps == 225
+    assert 2.97 <= engine.get_epsilon(1e-5) <= 3.0
+
+
+@pytest.mark.parametrize("other", [None, accountants.RDPAccountant()])
+def test_the_optimizer_of_an_engine_keeps_its_accountant(other):
+    engine, model, optimizer, loader = private(PrivacyEngine(accountant="rdp"))
+    with pytest.raises(ValueError, match=r"get_epsilon\(\) would fall behind.*PrivacyEngine\(accountant="):
+        optimizer.accountant = other
+    optimizer.accountant = engine.accountant  # the same one: nothing changes
+    second = accountants.create_accountant("gdp")
+    optimizer.attach_step_hook(second.get_optimizer_hook_fn(1 / 6))
+    train(model, optimizer, loader)
+    assert engine.accountant.history == second.history == [(1.0, 1 / 6, 6)]
+
+
 def test_accountants_by_name_and_by_object():
     mine = accountants.RDPAccountant()
     assert PrivacyEngine(accountant=mine).accountant is mine

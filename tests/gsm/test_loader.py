@@ -1,12 +1,16 @@
 """Poisson loaders made from ordinary ones: what is kept, what is replaced, what is refused."""
 
+import copy
+import io
 import logging
+import pickle
 import warnings
 
 import numpy as np
 import opacus.data_loader
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -22,6 +26,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from gsm import drawn
+from gsm.engine import PrivacyEngine
 from gsm.loader import DPDataLoader, SecureShuffle, _check_replaceable, with_secure_shuffle
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
@@ -263,3 +268,26 @@ def test_batches_that_are_items_of_the_dataset_are_shuffled_securely_too():
         orders.append(list(loader.sampler))
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(40)) and orders[0] != orders[1]
     assert len(loader) == 40 and loader.batch_size is None and len(list(loader)) == 40
+
+
+def test_the_loader_of_make_private_can_be_pickled_and_copied():
+    model = nn.Linear(3, 2)
+    data = TensorDataset(torch.randn(40, 3), torch.zeros(40, dtype=torch.long))
+    _, optimizer, loader = PrivacyEngine().make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=DataLoader(data, batch_size=4),
+        noise_multiplier=1.0, max_grad_norm=1.0,
+    )  # fmt: skip
+    assert loader.optimizer() is optimizer
+    for other in (pickle.loads(pickle.dumps(loader)), copy.deepcopy(loader)):
+        assert other.optimizer is None and len(other) == 10 and other.sample_rate == 0.1
+        assert sum(len(x) for x, _ in other) > 0
+    file = io.BytesIO()
+    torch.save(loader, file)
+    file.seek(0)
+    assert len(torch.load(file, weights_only=False).dataset) == 40
+
+
+def test_a_copied_loader_does_not_repeat_the_batches_of_a_seeded_one():
+    loader = DPDataLoader(Records(64), sample_rate=0.5, generator=torch.Generator().manual_seed(1))
+    drawn_by = [[batch["id"].tolist() for batch in each] for each in (copy.deepcopy(loader), loader)]
+    assert drawn_by[0] != drawn_by[1]

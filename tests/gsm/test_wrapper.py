@@ -13,6 +13,7 @@ from opacus.grad_sample import GradSampleModule as OpacusGradSampleModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gsm.optimizer import DPOptimizer
 from gsm.wrapper import GradSampleModule
 from tests.compare import MODES, captured, check
 from tests.loop import assert_close_per_sample, per_sample_loop, projection_loss
@@ -432,3 +433,38 @@ def test_a_model_that_opacus_wrapped_is_refused() -> None:
     """Its hooks would go on materialising every gradient beside ours."""
     with pytest.raises(ValueError, match="The model is wrapped already"):
         GradSampleModule(OpacusGradSampleModule(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "auto"])
+def test_parameters_outside_of_the_optimizer_are_named_as_what_accumulates(mode: str) -> None:
+    plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = GradSampleModule(plain, mode=mode)
+    model.forbid_grad_accumulation()
+    head = DPOptimizer(
+        torch.optim.SGD(plain[2].parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
+    )
+    model(torch.randn(4, 4)).sum().backward()
+    head.step()
+    head.zero_grad()
+    with pytest.raises(ValueError, match=r"wait only at 0.weight, 0.bias: .* freeze them .* or put them into"):
+        model(torch.randn(4, 4)).sum().backward()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_gradients_that_a_step_has_used_are_named_as_what_accumulates(mode: str) -> None:
+    """The loop of a GAN: the generator's backward goes through the discriminator after its step."""
+    model = GradSampleModule(nn.Linear(4, 1), mode=mode)
+    model.forbid_grad_accumulation()
+    optimizer = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
+    )
+    model(torch.randn(4, 4)).sum().backward()
+    optimizer.step()
+    made = torch.randn(4, 4, requires_grad=True)
+    if mode == "hooks":  # p.grad_sample stays readable until zero_grad()
+        with pytest.raises(ValueError, match=r"last step\(\) are still there: call the private optimizer's zero_grad"):
+            model(made).sum().backward()
+    optimizer.zero_grad()
+    model(made).sum().backward()
+    with pytest.raises(ValueError, match=r"max_physical_batch_size=\.$"):  # neither is the cause here
+        model(made).sum().backward()
