@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from gsm.bags import bags_in, has_bags
+from gsm.compiled import eager_runner
 from gsm.functions import Poison
 from gsm.layout import Unresolvable
 from gsm.tape import Tape
@@ -56,7 +57,7 @@ class CapturedForward:
         if capture is None or self.bypass or not capture.tape.enabled or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         if capture.tape.active is None:
-            return capture.open(self, args, kwargs)
+            return capture.eagerly(capture.open, self, args, kwargs)
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,6 +109,7 @@ class Capture:
     def __init__(self, root: nn.Module, tape: Tape):
         self.root, self.tape = root, tape
         self.has_bags = has_bags(root)
+        self.eagerly = eager_runner()
         self.forwards: dict[str, CapturedForward] = {}
         self._sites: list[tuple[dict[str, Any], str, Tracked]] = []
         self._inside: dict[str, list[tuple[dict[str, Any], str, Tracked]]] = {}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gsm import drawn
+from gsm.compiled import refuse_compiled_backward
 from gsm.contributions import Aside, Contribution, Dense, Paired, Pulled, Record
 from gsm.groups import Group
 from gsm.layout import Layout, Rows
@@ -178,6 +179,7 @@ class Tape:
             group.add(param, contribution)
 
     def _mark(self, group: Group) -> None:
+        refuse_compiled_backward()
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Per-sample gradients of a backward with create_graph=True are not defined: those captured would "

@@ -17,6 +17,7 @@ import grad_samplers
 from grad_samplers import Sampler, lookup
 from grad_samplers.compositions import composition
 from gsm.capture import Capture, CapturedForward, Runner, tensors_in
+from gsm.compiled import warn_if_compiled
 from gsm.layers import run_sampler
 from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
@@ -155,6 +156,7 @@ class CapturePlan:
         kind = signature(args, kwargs), *(m.training for m, *_ in self.tree)
         new = kind not in self.probed and size > 0
         if new:
+            warn_if_compiled(self.root)
             root = self.capture.forwards[""]
             probe(self.capture, root, args, kwargs, size, self.strict)
             if self.strict:

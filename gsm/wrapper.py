@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from gsm.capture import CapturedForward
+from gsm.compiled import EAGER
 from gsm.layout import SamplesInfluenceEachOther
 from gsm.ledger import forget_tape, register_tape
 from gsm.loss_check import LossCheck
@@ -64,6 +66,7 @@ class GradSampleModule(AbstractGradSampleModule):
 
     # Opacus's table, under its name: what its `register_grad_sampler` fills, and scripts read or write directly.
     GRAD_SAMPLERS = OpacusHooks.GRAD_SAMPLERS
+    _warned = False  # of a compiled caller
 
     def __init__(
         self,
@@ -182,6 +185,18 @@ class GradSampleModule(AbstractGradSampleModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
+        captured, compiled = self._captured, torch.compiler.is_dynamo_compiling()
+        if not compiled and self._module._compiled_call_impl is None:
+            return self._module(*args, **kwargs)
+        if captured is None or not captured.tape.enabled or not torch.is_grad_enabled():
+            return self._module(*args, **kwargs)
+        return captured.capture.eagerly(self._compiled_forward if compiled else self._module, *args, **kwargs)
+
+    def _compiled_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward, reached from a compiled function: `torch.compile(wrapped)`, a compiled training step."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(EAGER.format(what="What calls the wrapped model"), stacklevel=2)
         return self._module(*args, **kwargs)
 
     def trainable_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
