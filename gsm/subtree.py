@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from gsm.capture import Capture, CapturedForward, Runner
 from gsm.layout import Layout, Rows, Unresolvable
+from gsm.random_numbers import Settled
 from gsm.resolve import expanded
 from gsm.structures import make_known
 from gsm.tape import Pass
@@ -215,7 +216,7 @@ def _check_vmap(
     for each in (_mapped, _looped):
         copies = {n: t.gsm_value.detach().expand(size, *t.shape).clone().requires_grad_() for n, t in tracked.items()}
         try:
-            with torch.random.fork_rng(devices=[]):
+            with Settled(0.3, 0.3):  # the same random numbers for all samples at once as for one after the other
                 outputs, _ = each(module, copies, leaves, layouts, spec, size, path)
                 floating = [o for o in outputs if o.requires_grad]
                 total = sum(

@@ -181,7 +181,8 @@ class CapturePlan:
             path = self._above(error.subtree)
         if self.subtrees.get(path) in (rung, "loop"):
             raise error
-        self.subtrees[path], self.reasons[path] = rung, str(error)
+        before = self.reasons.get(path) if isinstance(error, VmapFails) else None
+        self.subtrees[path], self.reasons[path] = rung, f"{before}; {error}" if before else str(error)
         for below in [p for p in self.subtrees if p != path and (not path or p.startswith(path + "."))]:
             del self.subtrees[below]
         self._rebuild()

@@ -192,3 +192,19 @@ def test_rows_ordered_by_the_data_are_no_batch(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(CapturePlan, "_escalate", lambda self, e: said.append(str(e)) or escalate(self, e))
     check(OnPickedRows(), torch.randn(4, 5, D))
     assert any("odd: the rows of its inputs are ordered by the data" in text for text in said)
+
+
+class Twice(nn.Linear):
+    """Two draws: one sample after the other gets other numbers than all at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x) + torch.randn(x.shape[0], self.out_features)
+        return y * torch.rand_like(y)
+
+
+def test_random_numbers_do_not_make_vmap_look_different_from_the_loop() -> None:
+    wrapped = GradSampleModule(Twice(3, 2), mode="functorch")
+    state = torch.get_rng_state()
+    wrapped(torch.randn(4, 3)).sum().backward()
+    assert {entry.rung for entry in wrapped.plan} == {"functorch"}
+    assert not torch.equal(state, torch.get_rng_state())

@@ -240,3 +240,11 @@ def test_what_mixes_in_training_only_is_refused_after_a_batch_in_evaluation() ->
     wrapped.train()
     with pytest.raises(SamplesInfluenceEachOther):
         wrapped(torch.randn(4, 3))
+
+
+def test_the_plan_tells_what_sent_a_part_to_the_loop_and_not_only_that_vmap_fails() -> None:
+    captured = plan()
+    captured._escalate(Unresolvable("used in some way", parameters=("0.0.weight",)))
+    (path,) = captured.subtrees
+    captured._escalate(VmapFails("vmap fails", subtree=path))
+    assert captured.reasons[path] == "used in some way; vmap fails"
