@@ -63,7 +63,8 @@ def test_state_dict_keeps_the_assumptions_and_is_a_copy() -> None:
 @pytest.mark.parametrize(
     "state",
     [None, {}, {"history": []}, {"mechanism": "pld"}, {"history": [], "mechanism": "rdp"},
-     {"history": [(1.0, 2.0, 3)], "mechanism": "pld"}, {"history": [(1.0, 0.5)], "mechanism": "pld"}],
+     {"history": [(1.0, 2.0, 3)], "mechanism": "pld"}, {"history": [(1.0, 0.5)], "mechanism": "pld"},
+     {"history": [], "mechanism": "pld", "sampling": "bernoulli"}],
 )  # fmt: skip
 def test_bad_state_dicts_change_nothing(state: dict | None) -> None:
     accountant = create_accountant("pld")
@@ -110,8 +111,9 @@ def test_bad_step_counts_are_refused(steps: float, accountant: IAccountant) -> N
 
 def test_empty_and_noiseless(accountant: IAccountant) -> None:
     assert accountant.get_epsilon(1e-5) == 0
-    accountant.history = [(0.0, 0.01, 1)]
-    assert accountant.get_epsilon(1e-5) == math.inf
+    for rate in (0.01, 1.0):
+        accountant.history = [(0.0, rate, 1)]
+        assert accountant.get_epsilon(1e-5) == math.inf
 
 
 @pytest.mark.filterwarnings("ignore::accountants.ApproximateEpsilonWarning")
@@ -159,6 +161,27 @@ def test_describe_names_what_the_number_rests_on(accountant: IAccountant) -> Non
     accountant.history = [(1.0, 1.0, 1)]
     text = accountant.describe(1e-5)
     assert "epsilon" in text and "1e-05" in text and "Poisson" in text and "added or removed" in text
+
+
+class Wavering(accountants.RDPAccountant):
+    """Its epsilon after five steps is less than after four, and jumps at a delta."""
+
+    def get_epsilon(self, delta: float, **kwargs: object) -> float:
+        return self.num_steps - 2.0 * (self.num_steps > 4) + 10 * (delta < 1e-3)
+
+
+def test_what_was_spent_never_falls() -> None:
+    accountant = Wavering()
+    accountant.history = [(1.0, 0.1, 8)]
+    assert accountant.epsilon_curve(1e-2).tolist() == [1, 2, 3, 4, 4, 4, 5, 6]
+
+
+def test_a_delta_is_one_at_which_epsilon_is_small_enough() -> None:
+    accountant = Wavering()
+    accountant.history = [(1.0, 0.1, 2)]
+    delta = accountant.get_delta(3.0)
+    assert accountant.get_epsilon(delta) <= 3.0 and delta == pytest.approx(1e-3, rel=1e-8)
+    assert accountant.get_delta(1.0) == 1.0
 
 
 def test_deep_copies_are_independent(accountant: IAccountant) -> None:

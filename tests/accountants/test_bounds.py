@@ -7,9 +7,11 @@ import mpmath as mp
 import numpy as np
 import pytest
 
+from accountants import bounds
 from accountants.assumptions import Segment
-from accountants.bounds import direction_epsilon, directions
+from accountants.bounds import direction_epsilon, directions, most_loss, negligible
 from accountants.compose import Spectrum
+from accountants.fixed_size import FixedSizeGaussian
 from accountants.lattice import optimistic, pessimistic
 from accountants.pairs import Cells, SubsampledGaussian
 from accountants.plan import Plan
@@ -126,3 +128,54 @@ def test_what_lies_above_the_lattice_counts_as_infinite() -> None:
     law = pessimistic(pair, 1e-2, 1e-12, 1e-3)
     assert law.infinite >= exact_delta(pair, float(law.losses[-1])) > 0
     assert pessimistic(pair, 1e-2, 1e-12, 1e-20).infinite < 1e-18
+
+
+def test_from_below_only_neighbours_that_exist_are_composed() -> None:
+    fixed = [Segment(1.5, 0.1, 10, "fixed_size")]
+    (above,) = directions(fixed)
+    assert above == [(FixedSizeGaussian(1.5, 0.1), 10)]
+    # Noise over the bound of one contribution is 3: the exchanged records are at plus and minus one bound.
+    below = [pair for ((pair, _),) in directions(fixed, upper=False)]
+    assert below == [SubsampledGaussian(1.5, 0.1), SubsampledGaussian(1.5, 0.1, add=True), ReplacedGaussian(3.0, 0.1)]
+
+
+MANY = [(SubsampledGaussian(1.0, 0.01), 300), (SubsampledGaussian(1.1, 0.01), 300)]
+
+
+def test_what_is_not_computed_counts_as_nothing_from_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = [(SubsampledGaussian(1.0, 0.01, add=True), 10)]
+    assert direction_epsilon(added, 1e-5, upper=True, enough=1.0) == most_loss(added)
+    assert direction_epsilon(added, 1e-5, upper=False, enough=1.0) == 0
+    little = [(SubsampledGaussian(50.0, 1e-6), 1)]
+    assert direction_epsilon(little, 1e-5, upper=False) == 0
+    assert bounds._direction_epsilon(MANY, 1e-5, True, enough=50.0) > 0
+    assert bounds._direction_epsilon(MANY, 1e-5, False, enough=50.0) == 0
+    monkeypatch.setattr(bounds, "_by_planning_anew", lambda *given: [])
+    assert bounds._direction_epsilon(MANY, 1e-5, False, enough=0.0) == 0
+
+
+@pytest.mark.parametrize("error", [OverflowError, ZeroDivisionError])
+def test_where_numbers_leave_the_range_of_floats_renyi_divergences_bound(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = direction_epsilon(MANY, 1e-5, upper=True)
+
+    def fail(*given: object) -> float:
+        raise error
+
+    monkeypatch.setattr(bounds, "_direction_epsilon", fail)
+    assert exact < direction_epsilon(MANY, 1e-5, upper=True) < 2 * exact
+    assert direction_epsilon(MANY, 1e-5, upper=False) == 0
+
+
+def test_the_most_that_added_records_can_lose_is_rounded_up() -> None:
+    rng = np.random.default_rng(0)
+    for q in rng.uniform(0, 0.9, 20):
+        parts = [(SubsampledGaussian(1.0, float(q), add=True), 7), (SubsampledGaussian(1.0, 0.3, add=True), 3)]
+        with mp.workdps(40):
+            assert most_loss(parts) >= -7 * mp.log(1 - mp.mpf(float(q))) - 3 * mp.log(1 - mp.mpf(0.3))
+        assert most_loss([*parts, (SubsampledGaussian(1.0, 0.1), 1)]) == math.inf
+
+
+def test_what_counts_as_infinite_is_a_small_part_of_delta_over_all_steps() -> None:
+    assert negligible(MANY, 1e-5) * 600 == pytest.approx(1e-9)

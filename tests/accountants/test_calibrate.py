@@ -2,7 +2,14 @@
 
 import pytest
 
-from accountants import PLDAccountant, create_accountant, get_noise_multiplier, get_num_steps, get_sample_rate
+from accountants import (
+    PLDAccountant,
+    RDPAccountant,
+    create_accountant,
+    get_noise_multiplier,
+    get_num_steps,
+    get_sample_rate,
+)
 from accountants.calibrate import steps_in
 
 SETTING = {"target_delta": 1e-5, "sample_rate": 0.01}
@@ -83,9 +90,60 @@ def test_sample_rate() -> None:
      ({"target_delta": 1}, "target_delta"),
      ({"sample_rate": 2}, "sample_rate"), ({"sample_rate": 0}, "sample_rate"), ({"steps": 1.5}, "steps"),
      ({"steps": 0}, "steps"),
+     ({"epochs": 0, "steps": None}, "epochs must lie"), ({"epochs": -1, "steps": None}, "epochs must lie"),
      ({"epochs": 3}, "EITHER"), ({"steps": None}, "EITHER"), ({"epsilon_tolerance": 0}, "epsilon_tolerance")],
 )  # fmt: skip
 def test_bad_input(bad: dict, named: str) -> None:
     arguments = {"target_epsilon": 1.0, "target_delta": 1e-5, "sample_rate": 0.01, "steps": 100, **bad}
     with pytest.raises(ValueError, match=named):
         get_noise_multiplier(**arguments)
+
+
+@pytest.mark.parametrize(
+    "bad, named",
+    [({"noise_multiplier": 0}, "noise_multiplier"), ({"sample_rate": 0}, "sample_rate"), ({"target_delta": 0}, "delta"),
+     ({"target_epsilon": 0}, "target_epsilon"), ({"sample_rate": 1e-9}, "more than .* steps keep to")],
+)  # fmt: skip
+def test_bad_input_for_steps(bad: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        get_num_steps(**{"target_epsilon": 5.0, "noise_multiplier": 9.0, "accountant": "rdp", **SETTING, **bad})
+
+
+@pytest.mark.parametrize(
+    "bad, named",
+    [({"noise_multiplier": 0}, "noise_multiplier"), ({"steps": 0}, "steps"), ({"steps": 1.5}, "steps"),
+     ({"target_delta": 0}, "delta"), ({"target_epsilon": 0}, "target_epsilon"),
+     ({"noise_multiplier": 1e-5, "target_epsilon": 1e-9}, "no sample rate above 1e-12")],
+)  # fmt: skip
+def test_bad_input_for_rates(bad: dict, named: str) -> None:
+    given = {"target_epsilon": 1.0, "target_delta": 1e-5, "noise_multiplier": 1.0, "steps": 10, "accountant": "rdp"}
+    with pytest.raises(ValueError, match=named):
+        get_sample_rate(**{**given, **bad})
+
+
+class Stubborn(RDPAccountant):
+    """Whatever the noise, something is spent."""
+
+    def get_epsilon(self, delta: float, **kwargs: object) -> float:
+        return 0.5 + 1 / self.history[0][0]
+
+
+def test_a_budget_that_no_noise_keeps_to_is_an_error() -> None:
+    with pytest.raises(ValueError, match="budget is too low"):
+        get_noise_multiplier(target_epsilon=0.5, steps=10, accountant=Stubborn(), **SETTING)
+
+
+class Remembering(RDPAccountant):
+    """Says less when it is asked for a second time."""
+
+    asked = False
+
+    def get_epsilon(self, delta: float, **kwargs: object) -> float:
+        share, self.asked = 0.5 if self.asked else 1.0, True
+        return share * super().get_epsilon(delta)
+
+
+def test_what_is_promised_is_what_a_fresh_accountant_says() -> None:
+    accountant = Remembering()
+    sigma = get_noise_multiplier(target_epsilon=2.0, steps=100, accountant=accountant, **SETTING)
+    assert not accountant.asked and 1.99 <= spent("rdp", sigma, 0.01, 100) <= 2.0

@@ -152,6 +152,11 @@ def test_moments_against_quadrature_in_high_precision(s: float, q: float, order:
     assert log_excess_fixed_size(s, q, order) >= exact - 1e-12 * max(abs(exact), 1)
 
 
+def test_what_lies_beyond_the_last_panel_is_counted() -> None:
+    # At a rate as small as this nothing else is left of the moment.
+    assert log_excess_fixed_size(1.0, 1e-28, 3.0) >= math.log(2 * float(ndtr(-15.0)))
+
+
 def delta_by_contour(s: float, q: float, steps: int, theta: float, epsilon: float) -> float:
     """delta of the composed pair as in :mod:`tests.accountants.truth`; the moments by Gauss-Legendre panels."""
     points, weights = np.polynomial.legendre.leggauss(24)

@@ -1,5 +1,8 @@
 """The accountants whose meaning is Opacus's: the same digits where Opacus is right, and a word of warning where due."""
 
+import math
+import subprocess
+import sys
 import warnings
 
 import opacus.accountants
@@ -74,3 +77,41 @@ def test_gdp_is_silent_on_purpose_and_exact_without_sampling() -> None:
         warnings.simplefilter("error")
         accountant.history = [(10.0, 1.0, 100)]
         assert accountant.get_epsilon(1e-5) == pytest.approx(4.37718, abs=1e-5)
+
+
+def test_gdp_with_next_to_no_noise_is_infinite() -> None:
+    accountant = GaussianAccountant()
+    accountant.history = [(0.03, 0.01, 1)]
+    with pytest.warns(ApproximateEpsilonWarning):
+        assert accountant.get_epsilon(1e-5) == math.inf
+
+
+def test_gdp_warns_each_time_without_being_asked_to() -> None:
+    code = """
+from accountants import GaussianAccountant
+accountant = GaussianAccountant()
+accountant.history = [(1.0, 0.01, 10)]
+for _ in range(3):
+    accountant.get_epsilon(1e-5)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stderr.count("ApproximateEpsilonWarning:") == 3
+
+
+def test_an_estimate_that_is_not_where_it_was_expected_gives_way_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = prv((1.1, 256 / 60000, 1000)).get_epsilon(1e-5)
+    monkeypatch.setattr("accountants.compose.Curve.epsilon", lambda curve, delta: 0.01)
+    monkeypatch.setattr("accountants.prv.epsilon_bound", lambda parts, delta, upper: 7.0 if upper else 0.0)
+    assert expected < prv((1.1, 256 / 60000, 1000)).get_epsilon(1e-5) == 7.0 + 0.01
+
+
+def test_what_the_estimate_may_be_off_by_is_taken_from_delta(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def estimate(parts: object, delta: float, eps_error: float, delta_error: float) -> float:
+        asked.update(delta=delta, errors=(eps_error, delta_error))
+        return 1.0
+
+    monkeypatch.setattr("accountants.prv.estimate", estimate)
+    assert prv((1.0, 0.01, 10)).get_epsilon(1e-5, eps_error=0.02, delta_error=4e-6) == 1.02
+    assert asked["delta"] == pytest.approx(6e-6) and asked["errors"] == (0.02, 4e-6)

@@ -9,7 +9,7 @@ import opacus.accountants
 import pytest
 
 from accountants import RDPAccountant
-from accountants.rdp import log_moment
+from accountants.rdp import log_moment, rdp_to_epsilon
 
 TRUTH = json.loads((Path(__file__).parent / "data" / "truth.json").read_text(encoding="utf-8"))["rows"]
 
@@ -71,8 +71,10 @@ def test_moments_against_quadrature_in_high_precision(sigma: float, q: float, or
 
 
 def test_bad_orders_are_refused() -> None:
-    with pytest.raises(ValueError, match="orders above 1"):
-        rdp((1.0, 0.1, 1)).get_epsilon(1e-5, alphas=[1.0, 2.0])
+    above = "orders above 1"
+    for orders, named in (([1.0, 2.0], above), ([], above), ([2.0, "x"], "alphas must be a number")):
+        with pytest.raises(ValueError, match=named):
+            rdp((1.0, 0.1, 1)).get_epsilon(1e-5, alphas=orders)  # type: ignore[arg-type]
 
 
 def test_renyi_divergences_add_up() -> None:
@@ -86,3 +88,42 @@ def test_next_to_no_noise_is_answered_at_once_and_from_above(sigma: float) -> No
     order = 10.5
     exact = mp.log(0.01) * order + mp.mpf(order) * (order - 1) / (2 * mp.mpf(sigma) ** 2)  # its largest term
     assert exact <= log_moment(sigma, 0.01, order) <= exact + (order - 1) * mp.log(100) + 1e-9 * exact
+
+
+def test_no_noise_has_no_moment() -> None:
+    assert log_moment(0.0, 0.01, 2.0) == np.inf and log_moment(0.0, 0.01, 2.5, "replaced") == np.inf
+    assert log_moment(1e-3, 0.5, 64.0, "replaced") == np.inf  # and where the integral would need millions of nodes
+
+
+@pytest.mark.parametrize("q", [0.3, 0.01, 1e-4, 1e-9])
+def test_moments_of_integer_orders_are_rounded_up(q: float) -> None:
+    for sigma in (0.5, 1.0, 3.7):
+        for order in (2, 3, 7, 30):
+            with mp.workdps(60):
+                p, s = mp.mpf(q), mp.mpf(sigma)
+                terms = (
+                    mp.binomial(order, k) * p**k * (1 - p) ** (order - k) * mp.exp(mp.mpf(k * (k - 1)) / (2 * s**2))
+                    for k in range(order + 1)
+                )
+                exact = mp.log(mp.fsum(terms))
+            assert exact <= log_moment(sigma, q, float(order)) <= exact * (1 + mp.mpf(10) ** -9)
+
+
+def exact_epsilon(log_moment: float, order: float, delta: float) -> mp.mpf:
+    """The conversion of accountants/rdp.py in 60 digits."""
+    w = mp.expm1(mp.mpf(log_moment)) / (mp.mpf(order) * mp.mpf(delta))
+    s = (1 + w) ** (1 / (mp.mpf(order) - 1))
+    return mp.log((mp.mpf(order) - 1) / order * (s + (s - 1) / w))
+
+
+def test_the_conversion_is_rounded_up_and_never_below_what_it_can_hold() -> None:
+    rng = np.random.default_rng(0)
+    with mp.workdps(60):
+        for moment, order, delta in zip(
+            10 ** rng.uniform(-12, 0, 60), rng.uniform(1.1, 60, 60), 10 ** rng.uniform(-9, -4, 60), strict=True
+        ):
+            (found,) = rdp_to_epsilon(np.array([moment]), np.array([order]), delta)
+            assert found >= exact_epsilon(moment, order, delta)
+        for moment, order in ((700.0, 2.0), (900.0, 1.5), (2000.0, 3.0), (1e4, 40.0), (1e6, 64.0), (590.0, 1.01)):
+            (found,) = rdp_to_epsilon(np.array([moment]), np.array([order]), 1e-5)
+            assert found >= exact_epsilon(moment, order, 1e-5) * (1 - mp.mpf(10) ** -12)

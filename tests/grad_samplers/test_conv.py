@@ -134,3 +134,9 @@ def test_a_subclass_with_its_own_convolution_is_refused():
             return super()._conv_forward(x, weight - weight.mean(), bias)
 
     assert "_conv_forward" in (grad_samplers.reason_unsupported(Standardised(2, 2, 3)) or "")
+
+    class Cropped(nn.ConvTranspose1d):
+        def _output_padding(self, *args, **kwargs):
+            return [0]
+
+    assert "_output_padding" in (grad_samplers.reason_unsupported(Cropped(2, 2, 3)) or "")

@@ -95,7 +95,8 @@ def test_a_subclass_with_its_own_normalisation_is_refused():
 
 
 def test_inputs_without_batch_are_errors():
-    for layer, x in [(nn.LayerNorm(4), torch.randn(4)), (nn.InstanceNorm1d(4, affine=True), torch.randn(4, 6))]:
+    instance = nn.InstanceNorm1d(4, affine=True)
+    for layer, x in [(nn.LayerNorm(4), torch.randn(4)), *((instance, torch.randn(*n)) for n in [(4, 6), (2, 4, 6, 6)])]:
         with pytest.raises(ValueError, match="a batch has"):
             grad_samplers.per_sample_gradients(layer, [x], x)
 

@@ -163,3 +163,41 @@ def test_a_subclass_with_its_own_forward_is_not_rewritten():
 
     assert composition(Mine(3, 4)) is None
     assert composition(Renamed(3, 4)) is not None
+    replaced = nn.GRU(3, 4)
+    replaced.forward = lambda x: (x, None)
+    assert composition(replaced) is None
+
+
+def test_shapes_that_would_broadcast_are_refused_as_by_the_layer():
+    layer = nn.GRU(3, 4).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="input.size"):
+        composition(layer)(layer, torch.randn(6, 2, 1))
+    with pytest.raises(RuntimeError, match="Expected hidden size"):
+        composition(layer)(layer, torch.randn(6, 2, 3), torch.zeros(1, 1, 4))
+
+
+def test_a_second_derivative_is_an_error_and_not_zero():
+    layer = nn.GRU(3, 4).requires_grad_(False)
+    x = torch.randn(6, 2, 3, requires_grad=True)
+    (slope,) = torch.autograd.grad(composition(layer)(layer, x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
+def test_opacus_layers_with_cells_of_ones_own_run_step_by_step():
+    opacus = pytest.importorskip("opacus.layers", reason="Opacus is not installed")
+    from opacus.layers import dp_rnn
+
+    class DPGRUCell(dp_rnn.DPGRUCell):
+        def forward(self, *args, **kwargs):
+            return 2 * super().forward(*args, **kwargs)
+
+    class OwnCell(dp_rnn.DPGRUCell):
+        pass
+
+    for kind, changed in ((DPGRUCell, True), (OwnCell, False)):
+        kind.__module__ = "elsewhere" if changed else "opacus.layers.dp_rnn"
+        layer = opacus.DPGRU(3, 4).double().requires_grad_(False)
+        layer.cells[0].__class__ = kind
+        x = torch.randn(6, 5, 3, dtype=torch.float64)
+        torch.testing.assert_close(composition(layer)(layer, x)[0], layer(x)[0], rtol=1e-10, atol=1e-12)

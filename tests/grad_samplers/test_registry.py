@@ -58,6 +58,17 @@ def test_norm_and_weighted_sum_have_defaults(scale):
     torch.testing.assert_close(grad_samplers.weighted_sum(scale, [x], g, w)[scale.weight], w @ (x * g))
 
 
+def test_defaults_compute_in_float32_what_a_sampler_returned_in_half_precision(scale):
+    x, g, w = torch.full((4, 3), 200.0).half(), torch.full((4, 3), 300.0).half(), torch.full((4,), 1e-3)
+    exact = 60000 * torch.ones(4, 3)
+    half = scale.half()
+    assert grad_samplers.per_sample_gradients(half, [x], g)[half.weight].dtype == torch.float16
+    norms = grad_samplers.per_sample_norms(half, [x], g)[half.weight]
+    torch.testing.assert_close(norms, exact.norm(dim=1), rtol=1e-3, atol=0)  # beyond float16: infinite there
+    total = grad_samplers.weighted_sum(half, [x], g, 1000 * w)[half.weight]
+    torch.testing.assert_close(total, exact.sum(0), rtol=1e-3, atol=0)
+
+
 def test_registered_norm_and_weighted_samplers_are_used(scale):
     register_norm_sampler(Scale)(lambda layer, a, g: {layer.weight: torch.full((4,), 7.0)})
     register_weighted_sampler([Scale])(lambda layer, a, g, w: {layer.weight: torch.full((3,), 8.0)})

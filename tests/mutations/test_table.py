@@ -17,7 +17,12 @@ from tests.mutations.table import ROOT, Mutation, load
 
 TABLE = load()
 FILES = sorted({m.path for m in TABLE})
-SOURCES = {str(p.relative_to(ROOT)): p.read_text(encoding="utf-8") for p in sorted((ROOT / "gsm").rglob("*.py"))}
+PACKAGES = ("accountants", "grad_samplers", "gsm")
+SOURCES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for package in PACKAGES
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 #: Errors whose loss nothing could notice, each with the reason.
 LEFT_OUT = {
