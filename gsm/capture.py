@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from gsm.bags import bags_in, has_bags
 from gsm.compiled import eager_runner
 from gsm.functions import Poison
 from gsm.layout import Unresolvable
+from gsm.structures import tensors_in
 from gsm.tape import Tape
 from gsm.tracked import Tracked
 
@@ -257,23 +258,6 @@ def _released(out: Any, tape: Tape) -> Any:
         if any(isinstance(leaf, Tracked) for leaf in leaves):
             return tree_map_only(Tracked, release, out)
     return out
-
-
-def tensors_in(*values: Any) -> list[Tensor]:
-    """All tensors in nested arguments, in order; packed sequences padded."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, PackedSequence):  # its own tensors have no batch dimension, or depend on all lengths
-            found.append(pad_packed_sequence(value)[0])
-        elif isinstance(value, (tuple, list)):
-            found += tensors_in(*value)
-        elif isinstance(value, dict) or hasattr(value, "items"):
-            found += tensors_in(*value.values())
-        elif hasattr(value, "__dataclass_fields__"):
-            found += tensors_in(*(getattr(value, name) for name in value.__dataclass_fields__))
-    return found
 
 
 def batch_size(args: tuple[Any, ...], kwargs: dict[str, Any], batch_first: bool) -> int | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from gsm.capture import CapturedForward
 from gsm.functions import Expand
 from gsm.resolve import ExpandUse
+from gsm.structures import make_known
 from gsm.tape import Pass, Tape
 from gsm.tracked import Tracked
 from gsm.undisturbed import attributes_restored, undisturbed
@@ -72,7 +72,7 @@ def with_one_row(value: Any, fill: int = 0) -> Any:
 
 
 def change(value: Any, each: Callable[[Tensor], Tensor], shape: Callable[[torch.Size], torch.Size] = torch.Size) -> Any:
-    """Arguments or outputs with ``each`` of their tensors, in containers and copies of dataclasses and distributions;
+    """Arguments or outputs with ``each`` of their tensors, in containers, dataclasses and copies of distributions;
     ``shape`` of a distribution's batch."""
 
     def leaf(x: Any) -> Any:
@@ -83,15 +83,9 @@ def change(value: Any, each: Callable[[Tensor], Tensor], shape: Callable[[torch.
             new.__dict__.update({name: change(held, each, shape) for name, held in x.__dict__.items()})
             new._batch_shape = shape(x._batch_shape)
             return new
-        if is_dataclass(x) and not isinstance(x, type):
-            new = copy.copy(x)
-            for field in fields(x):
-                if hasattr(x, field.name):
-                    object.__setattr__(new, field.name, change(getattr(x, field.name), each, shape))
-            return new
         return x
 
-    return tree_map(leaf, value)
+    return tree_map(leaf, make_known(value))
 
 
 def cut(out: Any, active: Pass, tracked: Sequence[Tracked], batch_first: bool) -> Any:

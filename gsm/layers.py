@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from grad_samplers import Sampler
-from gsm.capture import Capture, CapturedForward, Runner, tensors_in
+from gsm.capture import Capture, CapturedForward, Runner
 from gsm.contributions import Record
 from gsm.functions import Tap, TapMany
 from gsm.layout import Layout, Rows, Unresolvable
+from gsm.structures import tensors_in
 from gsm.tape import Pass
 from gsm.tracked import Tracked
 

@@ -198,7 +198,8 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.batch_sampler.refresh()  # type: ignore[union-attr]  # the copy and the original draw different batches
+        sampler: Any = self.batch_sampler
+        sampler.refresh()  # the copy and the original draw different batches
 
     @classmethod
     def from_data_loader(

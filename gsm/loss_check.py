@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gsm import ledger
-from gsm.capture import tensors_in
 from gsm.layout import SamplesInfluenceEachOther
 from gsm.loss_shares import HISTORY, Rows, Shares, depends_on_neighbours, other_reduction
+from gsm.structures import tensors_in
 from gsm.tape import Tape
 
 FIRST, THEN = 8, 64  # the first forwards, and every so many afterwards

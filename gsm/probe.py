@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from gsm.capture import Capture, CapturedForward, tensors_in
+from gsm.capture import Capture, CapturedForward
 from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther, Unresolvable
 from gsm.locate import Log
 from gsm.random_numbers import TURNS, Settled, settled
 from gsm.scalars import compare_alone, named_scalars, uneven_labels
 from gsm.shown import BOTH_ENDS, check_influence, learned, learned_outputs, same
-from gsm.structures import make_known, named_tensors
+from gsm.structures import make_known, named_tensors, tensors_in
 from gsm.trial import Trial, Tried, all_given, sizes_for
 from gsm.undisturbed import attributes_restored, buffers_restored, saved_bytes, undisturbed
 

@@ -83,6 +83,10 @@ class Settled(TorchDispatchMode):
         return out.copy_(value) if isinstance(value, Tensor) else out.fill_(value)
 
 
+#: Pairs of uniform numbers, for :class:`Settled`: coins fall on either side, and neither end is always the larger.
+TURNS = ((0.1, 0.3), (0.9, 0.7), (0.3, 0.9), (0.7, 0.1))
+
+
 @contextmanager
 def settled(turn: int) -> Iterator[Settled]:
     """Random numbers that do not depend on the batch size, in one of several ways.
@@ -114,10 +118,6 @@ def settled(turn: int) -> Iterator[Settled]:
         for module, name, function in patched:
             setattr(module, name, function)
         original.again_besides()
-
-
-#: Pairs of uniform numbers, for :class:`Settled`: coins fall on either side, and neither end is always the larger.
-TURNS = ((0.1, 0.3), (0.9, 0.7), (0.3, 0.9), (0.7, 0.1))
 
 
 class RandomNumbers:

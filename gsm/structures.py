@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import UserDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,30 +14,44 @@ from torch.utils import _pytree as pytree
 _DEEPEST = 8
 
 
-def named_tensors(value: Any, name: str = "", depth: int = 0) -> dict[str, Tensor]:
+def named_tensors(value: Any) -> dict[str, Tensor]:
     """All tensors of an output, also inside objects (a distribution, say), by the path to them.
 
-    Packed sequences are padded. A tensor that is the output itself is called "the model's output".
+    A tensor that is the output itself is called "the model's output".
     """
-    if isinstance(value, Tensor):
-        return {name or "the model's output": value}
-    if isinstance(value, PackedSequence):  # its own tensors have no batch dimension, or depend on all lengths
-        return {name or "the model's output": pad_packed_sequence(value)[0]}
-    if depth > _DEEPEST or isinstance(value, (nn.Module, type)):
-        return {}
-    if isinstance(value, Mapping):
-        items: Any = value.items()
-    elif isinstance(value, (tuple, list)):
-        names = getattr(value, "_fields", None) or [f"output {i}" if not depth else str(i) for i in range(len(value))]
-        items = zip(names, value, strict=True)
-    elif dataclasses.is_dataclass(value):
-        items = ((field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value))
-    else:
-        items = getattr(value, "__dict__", {}).items()
     found: dict[str, Tensor] = {}
-    for key, part in items:
-        found |= named_tensors(part, f"{name}.{key}" if name else str(key), depth + 1)
+    for name, x in _tensors(value, "", 0, objects=True):
+        while name in found:  # the keys 1 and "1"
+            name += "'"
+        found[name or "the model's output"] = x
     return found
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """All tensors in nested arguments, in order; not those inside objects, which nothing here could take apart."""
+    return [x for _, x in _tensors(values, "", 0, objects=False)]
+
+
+def _tensors(value: Any, name: str, depth: int, objects: bool) -> Iterator[tuple[str, Tensor]]:
+    """Tensors with the path to them; packed sequences padded (their own have no batch dimension)."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, PackedSequence):
+        yield name, pad_packed_sequence(value)[0]
+    elif depth <= _DEEPEST and not isinstance(value, (nn.Module, type, str)):
+        for key, part in _parts(value, depth, objects):
+            yield from _tensors(part, f"{name}.{key}" if name else str(key), depth + 1, objects)
+
+
+def _parts(value: Any, depth: int, objects: bool) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", None) or [f"output {i}" if not depth else str(i) for i in range(len(value))]
+        return zip(names, value, strict=True)
+    if dataclasses.is_dataclass(value):
+        return ((field.name, getattr(value, field.name, None)) for field in dataclasses.fields(value))
+    return getattr(value, "__dict__", {}).items() if objects else ()
 
 
 def make_known(value: Any) -> Any:

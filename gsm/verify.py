@@ -15,10 +15,10 @@ import torch
 from opacus.grad_sample import AbstractGradSampleModule
 from torch import Tensor, nn
 
-from gsm.capture import tensors_in
 from gsm.contributions import Record
 from gsm.ledger import collect
 from gsm.planner import Planner
+from gsm.structures import tensors_in
 from gsm.undisturbed import NoDropout
 from gsm.verify_influence import alone_differs, influence
 from gsm.verify_report import VerificationReport

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsm.capture import tensors_in
+from gsm.structures import tensors_in
 from gsm.verify_samples import Inputs
 
 Trace = list[tuple[str, str, list[Tensor]]]

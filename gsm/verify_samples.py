@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_map
 
-from gsm.capture import batch_size, tensors_in
+from gsm.capture import batch_size
+from gsm.structures import tensors_in
 
 Loss = Callable[[Any, Tensor], Tensor]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import grad_samplers
 from grad_samplers import Sampler, lookup
 from grad_samplers.compositions import composition
-from gsm.capture import Capture, CapturedForward, Runner, tensors_in
+from gsm.capture import Capture, CapturedForward, Runner
 from gsm.compiled import warn_if_compiled
 from gsm.layers import run_sampler
 from gsm.layout import SamplesInfluenceEachOther, Unresolvable
@@ -24,6 +24,7 @@ from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, ow
 from gsm.probe import probe
 from gsm.probe_buffers import check_buffers
 from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
+from gsm.structures import tensors_in
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
 from gsm.tracked import Tracked

@@ -37,7 +37,7 @@ class Frozen:
             raise TypeError("a tensor")
 
 
-class Encoding(UserDict):  # type: ignore[type-arg]
+class Encoding(UserDict[str, Any]):
     pass
 
 
@@ -54,6 +54,7 @@ def test_tensors_are_named_by_the_path_to_them() -> None:
         (Batch(t), ["x"]),
         (SimpleNamespace(inner=SimpleNamespace(t=t)), ["inner.t"]),
         (torch.distributions.Independent(torch.distributions.Normal(t, t), 1), ["base_dist.loc", "base_dist.scale"]),
+        ({1: t, "1": t}, ["1", "1'"]),
         (nn.Linear(2, 2), []),
         (nn.Linear, []),
         (None, []),
