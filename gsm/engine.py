@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader
 import accountants
 from gsm import checkpoint, preparation, validation
 from gsm.criterion import GhostCriterion
+from gsm.generators import Used
 from gsm.journal import Journal
 from gsm.loader import DPDataLoader
+from gsm.noise import GaussianNoise
 from gsm.physical_batches import PhysicalBatchLoader
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
@@ -53,6 +55,7 @@ class PrivacyEngine:
         self.secure_rng = None
         self.dataset: Any = None
         self._samplers: list[Any] = []
+        self._used = Used()
         self._resumed = False
         self.journal: Journal | None = None
         if not secure_mode:
@@ -227,6 +230,8 @@ class PrivacyEngine:
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
             optimizer.of_engine = True
             optimizer.independent_batches = poisson_sampling
+            if isinstance(optimizer.noise, GaussianNoise):
+                optimizer.noise.used = self._used
             optimizer.journal = self.journal
         else:
             optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
@@ -235,6 +240,7 @@ class PrivacyEngine:
         sampler = getattr(loader, "batch_sampler", None)
         if isinstance(sampler, PoissonSampler | DistributedPoissonSampler):
             self._samplers.append(sampler)
+            sampler.used = self._used
             if isinstance(optimizer, preparation.DPOptimizer):
                 optimizer.sampler = sampler
                 if isinstance(loader, DPDataLoader):
