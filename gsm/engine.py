@@ -127,7 +127,7 @@ class PrivacyEngine:
         if noise_generator is not None and self.secure_mode:
             raise ValueError("Passing seed is prohibited in secure mode: noise_generator must be None")
         preparation.check_parameters(module, optimizer)
-        preparation.check_assumption(self.accountant, poisson_sampling)
+        preparation.check_assumption(self.accountant, poisson_sampling, data_loader)
         distributed = preparation.is_distributed(module)
         loader = preparation.private_loader(
             data_loader,

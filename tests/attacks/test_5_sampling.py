@@ -4,9 +4,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Subset, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
-from accountants import PRVAccountant
+from accountants import PLDAccountant, PRVAccountant
 from gsm import PrivacyEngine, make_private
 from gsm.loader import DPDataLoader
 from gsm.sampling import PoissonSampler, Words, inclusion_threshold
@@ -98,6 +99,49 @@ def test_fixed_batches_have_a_certified_price(recwarn):
     poisson.history = accountant.history
     assert accountant.get_epsilon(1e-5) > poisson.get_epsilon(1e-5)
     assert not [w for w in recwarn if "epsilon is computed for Poisson" in str(w.message)]
+
+
+OTHERWISE = {
+    ("shuffled", "replacement"): lambda d: {"sampler": RandomSampler(d, replacement=True)},
+    ("unsampled", "weighted"): lambda d: {"sampler": WeightedRandomSampler([1.0] * len(d), len(d))},
+    ("shuffled", "several rounds"): lambda d: {"sampler": RandomSampler(d, num_samples=3 * len(d))},
+    ("shuffled", "padded"): lambda d: {"sampler": DistributedSampler(d, num_replicas=3, rank=0)},
+    ("cyclic", "poisson"): lambda d: {"batch_sampler": PoissonSampler(num_samples=len(d), sample_rate=0.2)},
+    ("fixed_size", "shuffle"): lambda d: {"shuffle": True},
+    ("fixed_size", "in order"): lambda d: {},
+}
+
+
+@pytest.mark.parametrize("assumed, draws", OTHERWISE, ids=["-".join(key) for key in OTHERWISE])
+def test_a_loader_that_draws_in_another_way_than_the_accountant_was_told(assumed, draws):
+    """Guard: ``preparation.other_than``; a certified number for batches that are drawn otherwise certifies nothing."""
+    options = OTHERWISE[assumed, draws](data())
+    loader = DataLoader(data(), **({} if "batch_sampler" in options else {"batch_size": 8}), **options)
+    accountant = PLDAccountant(sampling=assumed, relation="replace_one")
+    with pytest.raises(ValueError, match=f"sampling='{assumed}', but the loader"):
+        private_with(loader, accountant)
+
+
+class OwnBatches(list):
+    """What a user's own batch sampler draws is not known here."""
+
+
+@pytest.mark.parametrize("assumed", ["shuffled", "cyclic", "unsampled", "fixed_size"])
+def test_what_fits_and_what_is_not_known_is_taken(assumed):
+    d = data()
+    own = DataLoader(d, batch_sampler=OwnBatches([[1, 2], [3]]))
+    once = [DataLoader(d, batch_size=8, shuffle=True), DataLoader(d, batch_size=8, drop_last=True)]
+    once.append(DataLoader(d, batch_size=8, sampler=DistributedSampler(d, num_replicas=2, rank=0)))
+    for loader in [own] if assumed == "fixed_size" else [own, *once]:
+        assert private_with(loader, PLDAccountant(sampling=assumed, relation="replace_one"))[2] is loader
+
+
+def private_with(loader, accountant):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return make_private(
+        model, optimizer, loader, noise_multiplier=1.0, poisson_sampling=False, accountant=accountant
+    )
 
 
 def test_the_original_loader_is_noticed():
