@@ -120,7 +120,7 @@ def _comparable(user: Any) -> Any:
     value = user.item() if isinstance(user, Tensor) and user.numel() == 1 else user
     if not isinstance(value, Hashable) or isinstance(value, Tensor) or value != value:
         raise ValueError(
-            f"set_users() got the id {user!r}, which cannot be compared with other ids, so the records of one user would "
-            "be clipped as those of several: give one number or string per sample, also where it is missing."
+            f"set_users() got the id {user!r}, which cannot be compared with other ids, so the records of one user "
+            "would be clipped as those of several: give one number or string per sample, also where it is missing."
         )
     return value
