@@ -193,7 +193,8 @@ class Tape:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Per-sample gradients of a backward with create_graph=True are not defined: those captured would "
-                "be of the inner derivative. Compute gradient penalties outside the wrapped model."
+                "be of the inner derivative. Compute gradient penalties outside the wrapped model; a derivative that "
+                "is part of its forward (forces from an energy) takes mode='functorch', or torch.func.grad."
             )
         if not self.enabled:
             raise RuntimeError(
