@@ -205,7 +205,7 @@ class PrivacyEngine:
             target_epsilon=target_epsilon,
             target_delta=target_delta,
             sample_rate=preparation.rate_of(data_loader),
-            accountant=self.accountant.mechanism(),
+            accountant=preparation.meter(self.accountant),
             **steps,
             **{name: value for name, value in kwargs.items() if name in CALIBRATION},
         )

@@ -258,6 +258,12 @@ def make_accountant(accountant: Any) -> Any:
     return accountant
 
 
+def meter(accountant: Any) -> Any:
+    """What calibration asks: ours itself, as its sampling and relation are part of the question; of Opacus's the name,
+    under which ours answers."""
+    return accountant if isinstance(accountant, accountants.IAccountant) else accountant.mechanism()
+
+
 def rate_of(loader: Any) -> float:
     """The sample rate of a loader: its own if it draws Poisson batches, else one over its number of batches."""
     own = getattr(getattr(loader, "batch_sampler", None), "sample_rate", None)
