@@ -71,6 +71,10 @@ class OptimizerInterface(OpacusDPOptimizer):
             self._unused_draws = 0
             self._warn_once(UNDRAWN)
 
+    def only_looked_at(self) -> None:
+        """A batch that was drawn is for no release: it was asked for where no gradient is computed."""
+        self._unused_draws -= 1
+
     def _compare_users(self, records: int, users: int) -> None:
         """Says if users share the records of a batch, and the accountant is charged the rate of a record."""
         rate = getattr(self.sampler, "sample_rate", None)
