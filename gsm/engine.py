@@ -234,7 +234,7 @@ class PrivacyEngine:
                 optimizer.noise.used = self._used
             optimizer.journal = self.journal
         else:
-            optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
+            optimizer.attach_step_hook(preparation.charging(self.accountant, loader, sample_rate))
             optimizer.accountant = self.accountant
         self._optimizers.append(optimizer)
         sampler = getattr(loader, "batch_sampler", None)

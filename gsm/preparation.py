@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import opacus.accountants
@@ -24,6 +24,7 @@ from gsm import validation
 from gsm.clipping import Clipping
 from gsm.loader import POISSON_SAMPLERS, DPDataLoader, batches_per_epoch, with_secure_shuffle
 from gsm.optimizer import CLIPPING, DPOptimizer
+from gsm.optimizer_checks import UNDRAWN
 from gsm.wrapper import MODES, GradSampleModule
 
 # `isinstance(ours, opacus.accountants.IAccountant)` holds: the interface is the same.
@@ -256,6 +257,21 @@ def make_accountant(accountant: Any) -> Any:
     if missing or isinstance(accountant, type):
         raise TypeError(f"accountant must be a registered name or an accountant object, got {accountant!r}")
     return accountant
+
+
+def charging(accountant: Any, loader: Any, sample_rate: float) -> Callable[[Any], None]:
+    """A step hook that charges ``accountant``, and says where more was released than ``loader`` has drawn."""
+    charge, sampler = accountant.get_optimizer_hook_fn(sample_rate=sample_rate), getattr(loader, "batch_sampler", None)
+    releases = 0
+
+    def hook(optimizer: Any) -> None:
+        nonlocal releases
+        releases += 1
+        if releases > getattr(sampler, "drawn", releases):
+            warnings.warn(UNDRAWN, stacklevel=2)
+        charge(optimizer)
+
+    return hook
 
 
 def meter(accountant: Any) -> Any:
