@@ -104,6 +104,14 @@ def _check_accountant(saved: Mapping[str, Any], accountant: Any) -> None:
             f"the checkpoint's accountant is {theirs!r} and this engine's is {ours!r}: make the engine with "
             f"PrivacyEngine(accountant={theirs!r})"
         )
+    for name, usual in (("sampling", "poisson"), ("relation", "add_remove")):
+        was, now = saved.get(name, usual), getattr(accountant, name, usual)
+        if was != now:
+            raise CheckpointError(
+                f"the checkpoint's accountant assumes {name}={was!r} and this engine's {name}={now!r}: loading would "
+                f"make of the one the other. Give the engine an accountant with {name}={was!r}, as the steps so far "
+                "were charged"
+            )
     try:
         copy.deepcopy(accountant).load_state_dict(saved)
     except (ValueError, TypeError, KeyError) as error:

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from gsm.ledger import PerSampleGradients
 
+#: Norms of this size are sums of squares that float32 still holds.
+LEAST_BOUND = 1e-15
+
 
 @dataclass(frozen=True)
 class Clipped:
@@ -218,4 +221,9 @@ def checked_bound(value: Any) -> float:
         raise ValueError(f"max_grad_norm must be a positive number, got {value!r}.") from None
     if not 0 < number <= torch.finfo(torch.float32).max:  # norms and weights may be float32
         raise ValueError(f"max_grad_norm must be positive and finite, got {value!r}: it is the l2 bound on one record.")
+    if number < LEAST_BOUND:
+        raise ValueError(
+            f"max_grad_norm must be at least {LEAST_BOUND:g}, got {value!r}: in float32 the squares of gradients so "
+            "small are zero, and what has no norm is not clipped. Scale the loss."
+        )
     return number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,12 @@ class UserClipping(Clipping):
         self._users: list[Any] | None = None
 
     def set_users(self, ids: Tensor | Sequence[Any]) -> None:
-        """Says whose record each sample of the next physical batch is: one hashable id per sample."""
-        self._users = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        """Says whose record each sample of the next physical batch is: one hashable id per sample.
+
+        Raises:
+            ValueError: an id that cannot be compared with others (a list, NaN for a missing one).
+        """
+        self._users = [_comparable(id) for id in (ids.tolist() if isinstance(ids, Tensor) else ids)]
 
     def clip(self, batch: PerSampleGradients) -> Clipped:
         users, self._users = self._users, None  # never used for a second batch
@@ -109,3 +113,14 @@ class UserClipping(Clipping):
 
     def __repr__(self) -> str:
         return f"UserClipping({self.inner!r}, reduction={self.reduction!r})"
+
+
+def _comparable(user: Any) -> Any:
+    """An id that equals itself, wherever it comes from: a tensor, like NaN, would be a user of its own each time."""
+    value = user.item() if isinstance(user, Tensor) and user.numel() == 1 else user
+    if not isinstance(value, Hashable) or isinstance(value, Tensor) or value != value:
+        raise ValueError(
+            f"set_users() got the id {user!r}, which cannot be compared with other ids, so the records of one user "
+            "would be clipped as those of several: give one number or string per sample, also where it is missing."
+        )
+    return value

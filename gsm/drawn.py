@@ -14,6 +14,7 @@ from typing import TypeVar
 T = TypeVar("T")
 _count = 0
 _records = 0
+_sizes: deque[tuple[int, int]] = deque(maxlen=64)  # the number of the batch, and of its records
 
 
 def now() -> int:
@@ -24,6 +25,11 @@ def now() -> int:
 def records() -> int:
     """The number of records in all batches handed out so far."""
     return _records
+
+
+def sizes_since(count: int) -> list[int]:
+    """How many records were in each of the last batches (64 at most) that followed the first ``count``, if known."""
+    return [size for number, size in _sizes if number > count]
 
 
 def counted(batches: Iterable[T], sizes: deque[int] | None = None) -> Iterator[T]:
@@ -37,5 +43,6 @@ def counted(batches: Iterable[T], sizes: deque[int] | None = None) -> Iterator[T
     for batch in batches:
         _count += 1
         if sizes:
-            _records += sizes.popleft()
+            _sizes.append((_count, sizes.popleft()))
+            _records += _sizes[-1][1]
         yield batch

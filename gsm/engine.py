@@ -23,8 +23,10 @@ from torch.utils.data import DataLoader
 import accountants
 from gsm import checkpoint, preparation, validation
 from gsm.criterion import GhostCriterion
+from gsm.generators import Used
 from gsm.journal import Journal
 from gsm.loader import DPDataLoader
+from gsm.noise import GaussianNoise
 from gsm.physical_batches import PhysicalBatchLoader
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
@@ -53,6 +55,7 @@ class PrivacyEngine:
         self.secure_rng = None
         self.dataset: Any = None
         self._samplers: list[Any] = []
+        self._used = Used()
         self._resumed = False
         self.journal: Journal | None = None
         if not secure_mode:
@@ -124,7 +127,7 @@ class PrivacyEngine:
         if noise_generator is not None and self.secure_mode:
             raise ValueError("Passing seed is prohibited in secure mode: noise_generator must be None")
         preparation.check_parameters(module, optimizer)
-        preparation.check_assumption(self.accountant, poisson_sampling)
+        preparation.check_assumption(self.accountant, poisson_sampling, data_loader)
         distributed = preparation.is_distributed(module)
         loader = preparation.private_loader(
             data_loader,
@@ -202,7 +205,7 @@ class PrivacyEngine:
             target_epsilon=target_epsilon,
             target_delta=target_delta,
             sample_rate=preparation.rate_of(data_loader),
-            accountant=self.accountant.mechanism(),
+            accountant=preparation.meter(self.accountant),
             **steps,
             **{name: value for name, value in kwargs.items() if name in CALIBRATION},
         )
@@ -227,14 +230,17 @@ class PrivacyEngine:
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
             optimizer.of_engine = True
             optimizer.independent_batches = poisson_sampling
+            if isinstance(optimizer.noise, GaussianNoise):
+                optimizer.noise.used = self._used
             optimizer.journal = self.journal
         else:
-            optimizer.attach_step_hook(self.accountant.get_optimizer_hook_fn(sample_rate=sample_rate))
+            optimizer.attach_step_hook(preparation.charging(self.accountant, loader, sample_rate))
             optimizer.accountant = self.accountant
         self._optimizers.append(optimizer)
         sampler = getattr(loader, "batch_sampler", None)
         if isinstance(sampler, PoissonSampler | DistributedPoissonSampler):
             self._samplers.append(sampler)
+            sampler.used = self._used
             if isinstance(optimizer, preparation.DPOptimizer):
                 optimizer.sampler = sampler
                 if isinstance(loader, DPDataLoader):

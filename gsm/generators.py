@@ -10,6 +10,7 @@ from torch import Generator
 
 #: So many blocks after a seed are told apart by their place; beyond them only whole states are.
 BLOCKS = 64
+_SEEDS = 4  # of which the blocks are remembered at a time
 _IN_A_BLOCK = 624  # numbers that a Mersenne twister (a CPU's generator) makes at a time
 _STATE = len(Generator().get_state())
 
@@ -21,7 +22,8 @@ class Used:
 
     A CPU's generator gives one fixed sequence for each seed: as long as it is within its first 64 blocks of 624
     numbers, its place in that sequence is known, and must lie behind all that was used of it. Further on, and for
-    other generators, a state is recognised if the use of numbers began at exactly the same before.
+    other generators, a state is recognised if the use of numbers began at exactly the same before. Generators that
+    were given the same seed give the same numbers, so for all who share a ``Used`` they count as one.
 
     Example:
         >>> used, generator = Used(), torch.Generator().manual_seed(0)
@@ -32,8 +34,7 @@ class Used:
     def __init__(self) -> None:
         self._reached: dict[int, Place] = {}  # by seed
         self._begun: set[bytes] = set()
-        self._seed: int | None = None
-        self._blocks: dict[bytes, int] = {}  # of that seed
+        self._blocks: dict[int, dict[bytes, int]] = {}  # by seed
 
     def holds(self, generator: Generator) -> bool:
         """Whether numbers that the generator gives next were used before."""
@@ -56,10 +57,12 @@ class Used:
         """The block, counted from the seed (infinity beyond those that are known), and what is used of it."""
         if len(state) != _STATE:
             return math.inf, 0
-        if seed != self._seed:
-            self._seed, self._blocks = seed, _blocks(seed)
+        if seed not in self._blocks:
+            if len(self._blocks) == _SEEDS:
+                del self._blocks[next(iter(self._blocks))]
+            self._blocks[seed] = _blocks(seed)
         used = int.from_bytes(state[16:24], "little")
-        return self._blocks.get(_numbers(state), math.inf), used
+        return self._blocks[seed].get(_numbers(state), math.inf), used
 
 
 def _blocks(seed: int) -> dict[bytes, int]:

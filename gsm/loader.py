@@ -187,6 +187,8 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
             count, records = drawn.records() - records, drawn.records()
             if torch.is_grad_enabled():
                 handed, empty = handed + 1, empty + (count == 0)
+            else:
+                optimizer.only_looked_at()
             yield batch
         skipped = handed - (optimizer.releases - before)
         if empty and skipped == empty:

@@ -45,6 +45,8 @@ class GaussianNoise:
     floating-point numbers, or predict the generator, is outside of this guarantee and inside that of ``secure_mode``.
 
     Numbers are never used twice: if something seeds the generator anew between two releases, the second is an error.
+    Nor are those that drew the batches, or another optimizer's noise, where a :class:`gsm.PrivacyEngine` lets them
+    share :attr:`used`.
 
     Args:
         generator: the source of randomness; None is torch's global generator, so ``torch.manual_seed`` makes a run
@@ -57,7 +59,8 @@ class GaussianNoise:
 
     def __init__(self, generator: torch.Generator | None = None):
         self.generator = generator
-        self._used = Used()
+        #: The random numbers that may not come again.
+        self.used = Used()
         self._refreshed = False
         self._process = os.getpid()
 
@@ -98,10 +101,10 @@ class GaussianNoise:
             yield
             return
         generator = self.generator or torch.default_generator
-        if self._used.holds(generator):
+        if self.used.holds(generator):
             raise RuntimeError(REPEATED)
         yield
-        self._used.add(generator)
+        self.used.add(generator)
 
     def _add_few(self, tensors: Sequence[Tensor], std: float) -> None:
         # One draw per tensor, in order: with the same seed the same noise as Opacus's.
@@ -126,7 +129,9 @@ REPEATED = (
     "The generator of the noise is where it was at an earlier release: the same noise would be added again, and the "
     "difference of the two releases would show the data without any. Something seeds it anew (torch.manual_seed in "
     "the model's forward or in the training loop?). Seed once, before the training; for fixed random numbers inside a "
-    "model use a torch.Generator of their own."
+    "model use a torch.Generator of their own. Or another generator was given the same seed: the one that draws the "
+    "batches, whose numbers would tell from the noise who is in them, or another optimizer's. Give every generator a "
+    "seed of its own."
 )
 
 

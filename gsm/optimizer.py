@@ -160,6 +160,7 @@ class DPOptimizer(OptimizerInterface):
             self._warn_once(MORE_ROWS.format(rows=rows, records=records))
         with torch.no_grad():
             clipped = [self.clipping.clip(batch) for batch in batches]
+        self._compare_users(tape.records if tape is not None else 0, len(clipped[-1].groups))
         self._pending.check(clipped[0])
         # From here on the gradients count as used, whatever happens: they can never enter a second sum.
         self._mark_used(params)

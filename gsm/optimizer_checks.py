@@ -47,9 +47,16 @@ UNDRAWN = (
 )
 MORE_ROWS = (
     "The model was called on {rows} rows, but the loader had drawn {records} records: every row is clipped on its own, "
-    "so a record with several rows (tokens, windows, augmentations) contributes several times the bound. Keep one row "
-    "per record (positions in a further dimension), or clip all rows of a record together with "
-    "clipping=UserClipping(). If the further rows are no private data, nothing is wrong."
+    "so a record with several rows (tokens, windows, augmentations, two drawn batches put together) contributes "
+    "several times the bound. Keep one row per record (positions in a further dimension), take a step for every batch, "
+    "or clip all rows of a record together with clipping=UserClipping(). If the further rows are no private data, "
+    "nothing is wrong."
+)
+SHARED = (
+    "The {records} records of this batch belong to {users} users. The loader draws records, each with probability "
+    "{rate:g}, and that is what the accountant is charged; a user with k records is drawn with probability "
+    "1 - (1 - {rate:g})^k, so epsilon does not hold for users. Make one item of the dataset of all records of a user, "
+    "or set optimizer.sample_rate to that probability for the user with most records."
 )
 SEVERAL_RANKS = (
     "gsm.DPOptimizer works in one process, and torch.distributed has {n}: nothing would be summed over them, so every "

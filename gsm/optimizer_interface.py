@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gsm.clipping import Clipping
 from gsm.noise import Noise
-from gsm.optimizer_checks import SCALED, UNDRAWN
+from gsm.optimizer_checks import SCALED, SHARED, UNDRAWN
 from gsm.release import PendingRelease
 
 
@@ -70,6 +70,16 @@ class OptimizerInterface(OpacusDPOptimizer):
         if self._unused_draws < 0:
             self._unused_draws = 0
             self._warn_once(UNDRAWN)
+
+    def only_looked_at(self) -> None:
+        """A batch that was drawn is for no release: it was asked for where no gradient is computed."""
+        self._unused_draws -= 1
+
+    def _compare_users(self, records: int, users: int) -> None:
+        """Says if users share the records of a batch, and the accountant is charged the rate of a record."""
+        rate = getattr(self.sampler, "sample_rate", None)
+        if rate is not None and 0 < users < records and (self.sample_rate or 0) <= rate:
+            self._warn_once(SHARED.format(records=records, users=users, rate=rate))
 
     # -- settings ------------------------------------------------------------------------------------------------------
 

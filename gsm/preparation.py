@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import opacus.accountants
@@ -16,12 +16,15 @@ from opacus.optimizers import get_optimizer_class
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, SubsetRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 import accountants
 from gsm import validation
 from gsm.clipping import Clipping
-from gsm.loader import DPDataLoader, batches_per_epoch, with_secure_shuffle
+from gsm.loader import POISSON_SAMPLERS, DPDataLoader, batches_per_epoch, with_secure_shuffle
 from gsm.optimizer import CLIPPING, DPOptimizer
+from gsm.optimizer_checks import UNDRAWN
 from gsm.wrapper import MODES, GradSampleModule
 
 # `isinstance(ours, opacus.accountants.IAccountant)` holds: the interface is the same.
@@ -188,11 +191,14 @@ def private_loader(
     return with_secure_shuffle(loader) if secure_mode else loader
 
 
-def check_assumption(accountant: Any, poisson_sampling: bool) -> None:
+def check_assumption(accountant: Any, poisson_sampling: bool, loader: Any) -> None:
     """Compare what the accountant assumes about sampling with what the loader will do; ours say it, Opacus's do not.
 
+    What a sampler of the user's own draws is not known: there, the name given to the accountant is taken for true.
+
     Raises:
-        ValueError: batches will be Poisson samples and the accountant was told that they are something else.
+        ValueError: batches will be Poisson samples and the accountant was told that they are something else, or the
+            loader's sampler is one that draws in another way than the accountant was told.
     """
     assumed = getattr(accountant, "sampling", "poisson")
     if not poisson_sampling and assumed == "poisson":
@@ -202,6 +208,33 @@ def check_assumption(accountant: Any, poisson_sampling: bool) -> None:
             f"the accountant assumes {assumed!r} batches and poisson_sampling=True draws others: pass "
             "poisson_sampling=False, or an accountant with sampling='poisson'"
         )
+    differs = None if poisson_sampling or assumed == "poisson" else other_than(assumed, loader)
+    if differs:
+        raise ValueError(
+            f"the accountant assumes sampling={assumed!r}, but the loader {differs}: its epsilon would be too small. "
+            "Give a loader with shuffle=True or shuffle=False to an accountant with sampling='shuffled', or train with "
+            "poisson_sampling=True"
+        )
+
+
+def other_than(assumed: str, loader: Any) -> str | None:
+    """What a loader of torch's does that ``assumed`` (a name of ``accountants.assumptions.SAMPLINGS``) denies."""
+    batches, sampler = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
+    if isinstance(batches, POISSON_SAMPLERS):
+        return "draws Poisson batches"
+    if type(batches) is not BatchSampler and batches is not None:
+        return None  # the user's own: its name is what we have
+    count = len(loader.dataset) if hasattr(loader.dataset, "__len__") else None
+    if getattr(sampler, "replacement", False):
+        return f"draws with replacement ({type(sampler).__name__}), so a record can be in one batch several times"
+    if isinstance(sampler, RandomSampler) and count is not None and sampler.num_samples > count:
+        return f"draws {sampler.num_samples} records in a pass over {count}, so a record comes several times"
+    if isinstance(sampler, DistributedSampler) and sampler.total_size > len(sampler.dataset):  # type: ignore[arg-type]
+        return "has a DistributedSampler that repeats records until all processes have as many (drop_last=True drops)"
+    once = isinstance(sampler, RandomSampler | SequentialSampler | SubsetRandomSampler | DistributedSampler)
+    if assumed == "fixed_size" and once:
+        return "cuts one order of all records into batches, which are not drawn independently of each other"
+    return None
 
 
 def make_accountant(accountant: Any) -> Any:
@@ -224,6 +257,27 @@ def make_accountant(accountant: Any) -> Any:
     if missing or isinstance(accountant, type):
         raise TypeError(f"accountant must be a registered name or an accountant object, got {accountant!r}")
     return accountant
+
+
+def charging(accountant: Any, loader: Any, sample_rate: float) -> Callable[[Any], None]:
+    """A step hook that charges ``accountant``, and says where more was released than ``loader`` has drawn."""
+    charge, sampler = accountant.get_optimizer_hook_fn(sample_rate=sample_rate), getattr(loader, "batch_sampler", None)
+    releases = 0
+
+    def hook(optimizer: Any) -> None:
+        nonlocal releases
+        releases += 1
+        if releases > getattr(sampler, "drawn", releases):
+            warnings.warn(UNDRAWN, stacklevel=2)
+        charge(optimizer)
+
+    return hook
+
+
+def meter(accountant: Any) -> Any:
+    """What calibration asks: ours itself, as its sampling and relation are part of the question; of Opacus's the name,
+    under which ours answers."""
+    return accountant if isinstance(accountant, accountants.IAccountant) else accountant.mechanism()
 
 
 def rate_of(loader: Any) -> float:

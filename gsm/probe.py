@@ -7,6 +7,7 @@ Dropout is off, random state and buffers are put back; the model's own parameter
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -45,11 +46,17 @@ def probe(
         _probe(trial, strict)
     except (Unresolvable, SamplesInfluenceEachOther):
         raise
-    except Exception:
-        # Numbers in between or beyond those of the batch may be none that the model takes (probabilities, columns with
-        # a meaning of their own). If it was not that, the same comes again.
-        trial.mild = True
+    except Exception as error:
+        if _HOOKS in str(error):
+            trial.measures = False
+        else:
+            # Numbers in between or beyond those of the batch may be none that the model takes (probabilities, columns
+            # with a meaning of their own). If it was not that, the same comes again.
+            trial.mild = True
         _probe(trial, strict)
+
+
+_HOOKS = "saved tensor hooks"  # how torch.func.grad inside of a model says that it does not run under `saved_bytes`
 
 
 def _probe(trial: Trial, strict: bool) -> None:
@@ -66,7 +73,10 @@ def _probe(trial: Trial, strict: bool) -> None:
                 log.dry = attempt == 0
                 inputs = trial.inputs(n, skip)
                 restored = buffers_restored(capture.root), attributes_restored(capture.root)
-                with saved_bytes(capture.root) as saved, restored[0], restored[1] as left:
+                measured: AbstractContextManager[dict[int, int]] = nullcontext({})
+                if trial.measures:
+                    measured = saved_bytes(capture.root)
+                with measured as saved, restored[0], restored[1] as left:
                     out = trial.call(inputs, n, log)
                 outputs.append(all_given(out, left))
                 logs.append(log)

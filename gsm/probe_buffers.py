@@ -1,13 +1,14 @@
-"""Before the first batch: does the model write what it sees into its buffers?
+"""Before the first batch: does the model write what it sees into its buffers, or past the optimizer into parameters?
 
 A buffer that follows the data (a running mean, a codebook, a cache) is part of the state dict and leaves the training
-without noise. Buffers that change in the same way whatever the data are (counters, the power iteration of spectral
-normalisation) are fine.
+without noise; so does a parameter that the forward writes to, frozen or not (a codebook, scales set from the first
+batch). What changes in the same way whatever the data are (counters, the power iteration of spectral normalisation) is
+fine. What is written only once, without a buffer that says so, is over before this looks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,51 +16,93 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
+#: A module, its path, and the dictionary of its tensors in which the name stands.
+Owner = tuple[str, nn.Module, dict, str]
+
+
+class Parameters:
+    """What the parameters of a model are, to see later which of them were written to. Nothing is copied: a frozen
+    backbone may take most of the memory."""
+
+    def __init__(self, model: nn.Module):
+        self._owners: list[Owner] = [
+            (path, m, m._parameters, name)
+            for path, m in model.named_modules()
+            for name, p in m._parameters.items()
+            if p is not None
+        ]
+        self._marks = [_mark(held[name]) for *_, held, name in self._owners]
+
+    def written(self) -> list[Owner]:
+        """Those that changed."""
+        now = [_mark(held[name]) for *_, held, name in self._owners]
+        return [o for o, before, after in zip(self._owners, self._marks, now, strict=True) if before != after]
+
 
 class DataInBuffers(ValueError):
-    """A buffer of the model changes with the data, and no noise covers it."""
+    """A buffer or parameter of the model changes with the data, and no noise covers it."""
 
 
-def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any) -> None:
-    """Runs the model on ``inputs`` and on other values of the same shapes, and compares its buffers afterwards.
+def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, written: Sequence[Owner] = ()) -> None:
+    """Runs the model on ``inputs`` and on other values of the same shapes, and compares its buffers afterwards, and
+    the parameters that it writes to.
 
     Args:
         model: its buffers are put back.
         run: runs the model on inputs; random numbers are the same in both runs.
         inputs: nested tensors; integers are exchanged, floating numbers flipped and scaled.
+        written: parameters that a forward changed (:class:`Parameters`).
 
     Raises:
-        DataInBuffers: names the buffer.
+        DataInBuffers: names the buffer or parameter.
     """
-    owners = [(path, m, name) for path, m in model.named_modules() for name, b in m._buffers.items() if b is not None]
+    owners: list[Owner] = [
+        (path, m, m._buffers, n) for path, m in model.named_modules() for n, b in m._buffers.items() if b is not None
+    ]
+    owners += written
     if not owners:
         return
-    before = [(m, name, m._buffers[name], m._buffers[name].detach().clone()) for _, m, name in owners]  # type: ignore[union-attr]
     devices = sorted({b.device.index or 0 for b in model.buffers() if b.is_cuda})
+    before: list[tuple[dict, str, Tensor, Tensor]] = [
+        (held, name, held[name], held[name].detach().clone()) for *_, held, name in owners
+    ]
 
     def after(values: Any) -> list[Tensor]:
         with torch.random.fork_rng(devices=devices):
             run(values)
-        found = [m._buffers[name].detach().clone() for _, m, name in owners]  # type: ignore[union-attr]
-        for m, name, buffer, value in before:
-            m._buffers[name] = buffer
+        found = [held[name].detach().clone() for *_, held, name in owners]
+        for held, name, tensor, value in before:
+            held[name] = tensor
             with torch.no_grad():
-                buffer.copy_(value)
+                tensor.copy_(value)
         return found
 
     first = after(inputs)
     if all(_equal(a, b[3]) for a, b in zip(first, before, strict=True)):
         return
     others = tree_map(_other, inputs, is_leaf=lambda x: isinstance(x, PackedSequence))
-    for (path, module, name), a, b in zip(owners, first, after(others), strict=True):
+    for (path, module, held, name), a, b in zip(owners, first, after(others), strict=True):
         if not _equal(a, b):
             where = f"{path}.{name}" if path else name
+            if held is module._parameters:
+                raise DataInBuffers(
+                    f"The forward of {type(module).__name__} writes to its parameter {where} what depends on the data: "
+                    "that leaves the training without noise (it is in the state dict), and no epsilon covers it. "
+                    "Switch it off (moving averages, scales set from the first batch), or do it once with public data "
+                    "before training."
+                )
             raise DataInBuffers(
                 f"The buffer {where} of {type(module).__name__} changes with the data it sees in training: running "
                 "statistics leave the model without noise (they are in its state dict), and no epsilon covers them. "
                 "Switch the update off (eval mode, momentum 0, track_running_stats=False), make it a trainable "
                 "parameter, or fix it with public data before training."
             )
+
+
+def _mark(p: Tensor) -> tuple[int, int, float]:
+    """Changes with the values, however they are written: what goes through ``p.data`` leaves no version behind."""
+    total = torch.linalg.vector_norm(p.detach(), dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
+    return p.data_ptr(), p._version, total.nan_to_num().item()
 
 
 def _other(x: Any) -> Any:

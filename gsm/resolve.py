@@ -46,6 +46,8 @@ def resolve(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
             raise Unresolvable(f"{tape.inside}: it also uses {tracked[0].gsm_name} from outside", subtree=tape.inside)
         rule = known_call if is_known else RULES.get(name.strip("_"), _unknown)
         try:
+            if torch._C._functorch.maybe_current_level() is not None:
+                raise unresolvable(tracked, name, " under torch.func or torch.vmap")
             return _real(tracked, name, is_known, lambda: rule(active, func, args, kwargs))
         except Unresolvable:
             if active.log is None or not active.log.dry:

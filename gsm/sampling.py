@@ -16,13 +16,22 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
 
+from gsm.generators import Used
+
+AGAIN = (
+    "The generator of the sampling is where it was in an earlier pass (it was seeded anew?), so the same batches are "
+    "drawn again. The accountant takes every batch for a fresh Poisson sample: if both passes train, its epsilon is "
+    "too small. Seed once, before the first pass; what only looks at the batches does no harm."
+)
 BITS = 62
 LEADING = 24  # bits of a float32 uniform number
 CHUNK = 1 << 20  # records decided at a time, so that a huge dataset needs 8 MiB and not 8 bytes per record
@@ -115,6 +124,19 @@ class _PhiloxWords(Words):
         return (self.bits.random_raw(count) >> np.uint64(64 - BITS)).astype(np.int64)
 
 
+@contextmanager
+def drawn_once(used: Used | None, words: Words) -> Iterator[None]:
+    """Warns if the numbers drawn inside were drawn before, as far as ``used`` knows, and lets it know of them."""
+    if used is None or words.secure_mode:
+        yield
+        return
+    generator = words.generator or torch.default_generator
+    if used.holds(generator):
+        warnings.warn(AGAIN, stacklevel=2)
+    yield
+    used.add(generator)
+
+
 def poisson_batch(words: Words, population: int, threshold: int) -> np.ndarray:
     """Indices of one Poisson batch out of ``population`` records, ascending; empty if nobody was drawn."""
     drawn = []
@@ -144,6 +166,8 @@ class PoissonSampler(UniformWithReplacementSampler):
     drawn = 0
     #: Where the size of every batch is noted, if a loader wants to know.
     sizes: deque[int] | None = None
+    #: The random numbers that may not come again, if somebody keeps the account of them.
+    used: Used | None = None
 
     def __init__(
         self,
@@ -170,9 +194,10 @@ class PoissonSampler(UniformWithReplacementSampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         sizes = self.sizes
-        for _ in range(self.steps):
+        for step in range(self.steps):
             words = Words(self.generator, self.secure_mode)  # reads self.generator late: it may have been switched
-            chosen = poisson_batch(words, self.num_samples, self.threshold)
+            with drawn_once(self.used if step == 0 else None, words):  # once per pass: it takes its time
+                chosen = poisson_batch(words, self.num_samples, self.threshold)
             self.drawn += 1
             if sizes is not None:
                 sizes.append(len(chosen))
@@ -199,6 +224,8 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
     drawn = 0
     #: Where the size of every batch is noted, if a loader wants to know.
     sizes: deque[int] | None = None
+    #: The random numbers that may not come again, if somebody keeps the account of them.
+    used: Used | None = None
 
     def __init__(
         self,
@@ -237,7 +264,9 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         shard = self.shard()
-        words = Words(self.generator, self.secure_mode).fork(self.rank)
+        source = Words(self.generator, self.secure_mode)
+        with drawn_once(self.used, source):
+            words = source.fork(self.rank)
         sizes = self.sizes
         for _ in range(self.num_batches):
             chosen = shard[poisson_batch(words, self.num_samples, self.threshold)] if len(shard) else shard

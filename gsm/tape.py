@@ -7,7 +7,7 @@ or after the next batch was drawn.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +78,10 @@ class Tape:
         self._task = -1
         #: (rows, records) if the last forward had more rows than the loaders had drawn records for it.
         self.more_rows: tuple[int, int] | None = None
-        self._draws, self._records, self._fresh = drawn.now(), drawn.records(), 0
+        #: How many records the last forward saw, as far as known; 0 if nothing is.
+        self.records = 0
+        self._draws, self._largest = drawn.now(), 0
+        self._sizes: deque[int] = deque(maxlen=8)  # of the last batches drawn
         # Makes a layer whose input needs no gradient part of the graph; itself never gets one.
         self.anchor = torch.zeros((), requires_grad=True)
 
@@ -102,13 +105,20 @@ class Tape:
         return Pass(self, batch_size, group)
 
     def _compare_rows(self, rows: int) -> None:
-        """Notes a batch of more rows than records were drawn since the last draw that this model saw."""
+        """Notes a batch of more rows than any batch had records that was drawn since the last that this model saw.
+
+        Something between loader and model may have fetched ahead: a batch drawn a little earlier fits as well. Two
+        drawn batches in one do not, as a record can be in both.
+        """
         if drawn.now() != self._draws:
-            self._fresh = drawn.records() - self._records
-            self._draws, self._records = drawn.now(), drawn.records()
+            sizes = drawn.sizes_since(self._draws)
+            self._sizes.extend(sizes)
+            self._draws, self._largest = drawn.now(), max(sizes, default=0)
             self.more_rows = None
-        if self._fresh and rows > self._fresh:
-            self.more_rows = (rows, self._fresh)
+        fits = rows <= self._largest or rows in self._sizes
+        self.records = 0 if not self._largest else rows if fits else min(self._sizes)
+        if self._largest and not fits:
+            self.more_rows = (rows, self._largest)
 
     # -- backward --------------------------------------------------------------------------------------------------
 
@@ -183,7 +193,8 @@ class Tape:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Per-sample gradients of a backward with create_graph=True are not defined: those captured would "
-                "be of the inner derivative. Compute gradient penalties outside the wrapped model."
+                "be of the inner derivative. Compute gradient penalties outside the wrapped model; a derivative that "
+                "is part of its forward (forces from an energy) takes mode='functorch', or torch.func.grad."
             )
         if not self.enabled:
             raise RuntimeError(

@@ -101,6 +101,7 @@ class Trial:
         kwargs: those given by name.
         size: the batch size.
         mild: only samples as they are in the batch: invented ones may be out of what the model can take.
+        measures: whether the memory for activations is measured.
     """
 
     capture: Capture
@@ -109,6 +110,7 @@ class Trial:
     kwargs: dict[str, Any]
     size: int
     mild: bool = False
+    measures: bool = True
 
     def inputs(self, n: int, skip: int = 0, other: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for ``n`` samples, see :func:`resized`."""

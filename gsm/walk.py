@@ -22,8 +22,13 @@ from gsm.layers import run_sampler
 from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
 from gsm.probe import probe
+<<<<<<< HEAD
 from gsm.probe_buffers import check_buffers
 from gsm.reentrant import cut_off
+=======
+from gsm.probe_buffers import Parameters, check_buffers
+from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
+>>>>>>> 3e46be67a0203dccf813ec4b5cfed6239aa35044
 from gsm.structures import tensors_in
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
@@ -159,10 +164,12 @@ class CapturePlan:
         if new:
             warn_if_compiled(self.root)
             root = self.capture.forwards[""]
+            parameters = Parameters(self.root) if self.strict else None
             probe(self.capture, root, args, kwargs, size, self.strict)
-            if self.strict:
+            if parameters is not None:
                 with undisturbed(self.root), torch.no_grad():
-                    check_buffers(self.root, lambda values: root.original(*values[0], **values[1]), (args, kwargs))
+                    run, written = (lambda values: root.original(*values[0], **values[1])), parameters.written()
+                    check_buffers(self.root, run, (args, kwargs), written)
             self.probed[kind] = self.tape.layouts
         self.tape.layouts = self.probed.get(kind, {})
         return new

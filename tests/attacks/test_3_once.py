@@ -120,6 +120,20 @@ def test_a_batch_released_twice_is_said():
         step(model, optimizer, x, y)
 
 
+def test_batches_that_were_only_looked_at_excuse_no_second_release(recwarn):
+    """Guard: ``only_looked_at``; a pass that measures the accuracy draws, but what it drew is not released."""
+    model, optimizer, loader = training()
+    for _ in range(2):
+        with torch.no_grad():
+            for x, _ in loader:
+                model(x)
+        for x, y in loader:
+            step(model, optimizer, x, y)
+    assert not [w for w in recwarn if "more releases" in str(w.message)]
+    with pytest.warns(UserWarning, match="more releases than batches drawn"):
+        step(model, optimizer, x, y)
+
+
 def test_a_user_in_two_pieces_of_a_logical_batch_is_an_error():
     """Guard: ``PendingRelease.check``."""
     from gsm.clipping_user import UserClipping

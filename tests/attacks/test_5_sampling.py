@@ -4,10 +4,11 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Subset, WeightedRandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
-from accountants import PRVAccountant
-from gsm import make_private
+from accountants import PLDAccountant, PRVAccountant
+from gsm import PrivacyEngine, make_private
 from gsm.loader import DPDataLoader
 from gsm.sampling import PoissonSampler, Words, inclusion_threshold
 from tests.attacks.tools import CE, RECORDS, data, mlp, step, training
@@ -100,6 +101,49 @@ def test_fixed_batches_have_a_certified_price(recwarn):
     assert not [w for w in recwarn if "epsilon is computed for Poisson" in str(w.message)]
 
 
+OTHERWISE = {
+    ("shuffled", "replacement"): lambda d: {"sampler": RandomSampler(d, replacement=True)},
+    ("unsampled", "weighted"): lambda d: {"sampler": WeightedRandomSampler([1.0] * len(d), len(d))},
+    ("shuffled", "several rounds"): lambda d: {"sampler": RandomSampler(d, num_samples=3 * len(d))},
+    ("shuffled", "padded"): lambda d: {"sampler": DistributedSampler(d, num_replicas=3, rank=0)},
+    ("cyclic", "poisson"): lambda d: {"batch_sampler": PoissonSampler(num_samples=len(d), sample_rate=0.2)},
+    ("fixed_size", "shuffle"): lambda d: {"shuffle": True},
+    ("fixed_size", "in order"): lambda d: {},
+}
+
+
+@pytest.mark.parametrize("assumed, draws", OTHERWISE, ids=["-".join(key) for key in OTHERWISE])
+def test_a_loader_that_draws_in_another_way_than_the_accountant_was_told(assumed, draws):
+    """Guard: ``preparation.other_than``; a certified number for batches that are drawn otherwise certifies nothing."""
+    options = OTHERWISE[assumed, draws](data())
+    loader = DataLoader(data(), **({} if "batch_sampler" in options else {"batch_size": 8}), **options)
+    accountant = PLDAccountant(sampling=assumed, relation="replace_one")
+    with pytest.raises(ValueError, match=f"sampling='{assumed}', but the loader"):
+        private_with(loader, accountant)
+
+
+class OwnBatches(list):
+    """What a user's own batch sampler draws is not known here."""
+
+
+@pytest.mark.parametrize("assumed", ["shuffled", "cyclic", "unsampled", "fixed_size"])
+def test_what_fits_and_what_is_not_known_is_taken(assumed):
+    d = data()
+    own = DataLoader(d, batch_sampler=OwnBatches([[1, 2], [3]]))
+    once = [DataLoader(d, batch_size=8, shuffle=True), DataLoader(d, batch_size=8, drop_last=True)]
+    once.append(DataLoader(d, batch_size=8, sampler=DistributedSampler(d, num_replicas=2, rank=0)))
+    for loader in [own] if assumed == "fixed_size" else [own, *once]:
+        assert private_with(loader, PLDAccountant(sampling=assumed, relation="replace_one"))[2] is loader
+
+
+def private_with(loader, accountant):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    return make_private(
+        model, optimizer, loader, noise_multiplier=1.0, poisson_sampling=False, accountant=accountant
+    )
+
+
 def test_the_original_loader_is_noticed():
     """Guard: ``_check_drawn`` counts what the returned loader's sampler drew."""
     model = mlp()
@@ -142,3 +186,59 @@ def test_secure_mode_takes_no_seed():
         torch.manual_seed(0)
         draws.append(list(PoissonSampler(num_samples=200, sample_rate=0.5, secure_mode=True)))
     assert draws[0] != draws[1]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_same_batches_again_are_said(own, recwarn):
+    """Guard: ``drawn_once``; a generator seeded anew for each epoch draws one sample, charged as fresh ones."""
+    generator = torch.Generator() if own else None
+    torch.manual_seed(0)
+    inner = DataLoader(data(), batch_size=8, generator=generator)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    model, optimizer, loader = make_private(
+        model, optimizer, inner, noise_multiplier=1.0, noise_generator=torch.Generator().manual_seed(7)
+    )
+
+    def epoch(seed):
+        (generator or torch).manual_seed(seed)
+        return [x.sum().item() for x, y in loader if step(model, optimizer, x, y) is None]
+
+    first = epoch(0)
+    epoch(1)
+    assert not [w for w in recwarn if "same batches" in str(w.message)]
+    with pytest.warns(UserWarning, match="the same batches are drawn again"):
+        assert epoch(0) == first
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_noise_does_not_tell_who_was_drawn(own):
+    """Guard: sampling and noise share ``Used``; from one seed, noise and sampling would be the same numbers."""
+    torch.manual_seed(3)
+    inner = DataLoader(data(), batch_size=8, generator=torch.Generator().manual_seed(3) if own else None)
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    torch.manual_seed(3)
+    model, optimizer, loader = make_private(
+        model, optimizer, inner, noise_multiplier=1.0, noise_generator=torch.Generator().manual_seed(3)
+    )
+    x, y = next(iter(loader))
+    with pytest.raises(RuntimeError, match="another generator was given the same seed"):
+        step(model, optimizer, x, y)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_two_optimizers_of_an_engine_never_draw_the_same_noise():
+    """Guard: all noise of an engine shares ``Used``; the same noise under two sums cancels out."""
+    engine, made = PrivacyEngine(), []
+    inner = DataLoader(data(), batch_size=8)
+    for seed in (1, 2, 1):
+        model = mlp()
+        made.append(engine.make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), data_loader=inner,
+            noise_multiplier=1.0, max_grad_norm=1.0, noise_generator=torch.Generator().manual_seed(seed),
+        ))  # fmt: skip
+    for model, optimizer, loader in made[:2]:
+        step(model, optimizer, *next(iter(loader)))
+    with pytest.raises(RuntimeError, match="the same noise would be added again"):
+        step(*made[2][:2], *next(iter(made[2][2])))

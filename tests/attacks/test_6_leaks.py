@@ -52,6 +52,44 @@ def test_buffers_that_do_not_follow_the_data_are_fine(what):
     GradSampleModule(normed)(X)
 
 
+class Writing(nn.Module):
+    """A layer with a parameter that its forward writes to."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.what = nn.Linear(FEATURES, 3), what
+        self.held = nn.Parameter(torch.full((7, FEATURES), 2.0), requires_grad=what == "first batch")
+        self.register_buffer("ready", torch.zeros(()))
+
+    def forward(self, x):
+        with torch.no_grad():
+            if self.what == "mean":
+                self.held.lerp_(x.mean(0), 0.1)
+            elif self.what == "data":
+                self.held.data.mul_(0.9).add_(0.1 * x.mean(0))
+            elif self.what == "first batch" and not self.ready:
+                self.held.data.copy_(x.mean(0).expand(7, -1))
+                self.ready.fill_(1)
+            elif self.what == "copy":
+                self.held[:3].lerp_(self.layer.weight, 0.1)
+            elif self.what == "clamp":
+                self.layer.weight.clamp_(-0.2, 0.2)
+        return self.layer(x + 0 * self.held[0])
+
+
+@pytest.mark.parametrize("what", ["mean", "data", "first batch"])
+def test_a_parameter_that_the_forward_writes_data_to_is_refused(what):
+    """Guard: ``probe_buffers._written``; such a parameter, frozen or not, leaves without noise."""
+    with pytest.raises(DataInBuffers, match="writes to its parameter held what depends on the data"):
+        GradSampleModule(Writing(what))(X)
+
+
+@pytest.mark.parametrize("what", ["copy", "clamp", "nothing"])
+def test_a_parameter_that_the_forward_writes_no_data_to_is_fine(what):
+    model, optimizer, _ = watched(Writing(what))
+    step(model, optimizer, X, Y)
+
+
 def test_an_update_depends_on_the_expected_batch_size_only():
     """Right by construction: the true batch size is private under Poisson sampling."""
     for size in (2, 8):

@@ -90,3 +90,27 @@ def test_what_is_not_available_over_processes_is_named():
         private_optimizer(parts()[1], clipping="flat", mode="ghost", secure_mode=False, **common)
     with pytest.raises(ValueError, match="secure_mode is not available"):
         private_optimizer(parts()[1], clipping="flat", mode="hooks", secure_mode=True, **common)
+
+
+def test_a_batch_released_twice_is_said(tmp_path, recwarn):
+    """One process is enough: the optimizer is Opacus's."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, _, loader = parts()
+        model = DifferentiallyPrivateDistributedDataParallel(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer, loader = make_private(model, optimizer, loader, noise_multiplier=1.0, mode="hooks")
+
+        def step(x, y):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        for x, y in loader:
+            step(x, y)
+        assert not [w for w in recwarn if "more releases" in str(w.message)]
+        with pytest.warns(UserWarning, match="more releases than batches drawn"):
+            step(x, y)
+        assert sum(entry[2] for entry in optimizer.accountant.history) == len(loader) + 1
+    finally:
+        dist.destroy_process_group()

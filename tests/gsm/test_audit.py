@@ -265,10 +265,9 @@ def test_a_loss_that_is_reduced_over_the_canaries_is_refused():
 def test_an_audit_leaves_the_trainings_random_numbers_alone():
     """A loss with random numbers of its own (dropout in the model, say)."""
     _, _, step = watching(lambda model, batch: losses(model, (batch[0] + torch.rand(()), batch[1])))
-    before = torch.random.get_rng_state()
     _, optimizer, plain = watching()
     optimizer.step_hooks.clear()
-    torch.random.set_rng_state(before)
+    before = torch.random.get_rng_state()  # behind the numbers that drew the batches: they cannot be noise
     plain()
     after = torch.random.get_rng_state()
     torch.random.set_rng_state(before)

@@ -9,6 +9,7 @@ import torch
 from opacus.schedulers import ExponentialNoise, StepGradClip
 from torch.optim.lr_scheduler import StepLR
 
+from accountants import PLDAccountant
 from gsm.checkpoint_file import CheckpointError
 from gsm.engine import PrivacyEngine
 from tests.gsm.training import flat, parts, train
@@ -155,6 +156,22 @@ def test_another_accountant_is_refused_and_changes_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"accountant is 'rdp' and this engine's is 'gdp'.*accountant='rdp'"):
         other.load(tmp_path / "a.pt")
     assert torch.equal(flat(other.model), before) and other.engine.accountant.history == []
+
+
+@pytest.mark.parametrize("other", [{"relation": "replace_one"}, {"sampling": "unsampled"}])
+def test_other_assumptions_are_refused_and_change_nothing(tmp_path, other):
+    """A relation or a sampling that came with the file would be read into the steps of this run."""
+    pair = [lambda: PLDAccountant(**other), PLDAccountant]
+    for kept, asked in (pair, pair[::-1]):
+        Session(kept()).train(2).save(tmp_path / "a.pt")
+        fresh = Session(asked(), seed=9)
+        before, weights = fresh.engine.accountant.state_dict(), flat(fresh.model).clone()
+        with pytest.raises(CheckpointError, match=f"assumes {next(iter(other))}="):
+            fresh.load(tmp_path / "a.pt")
+        assert fresh.engine.accountant.state_dict() == before and torch.equal(flat(fresh.model), weights)
+        same = Session(kept(), seed=9)
+        same.load(tmp_path / "a.pt")
+        assert len(same.engine.accountant.history) == 1
 
 
 @pytest.mark.parametrize("history", [None, "x", [("a", 1)], [(1.0, 0.1, -3)]])

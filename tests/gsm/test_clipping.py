@@ -121,3 +121,11 @@ def test_rounding_never_lifts_a_contribution_above_the_bound():
     weights = FlatClipping(1.7).weights(norms.square()[None])
     assert (weights.double() * norms.double() <= 1.7).all()
     assert (weights.double() * norms.double() > 1.7 * (1 - 1e-5)).all()
+
+
+def test_a_bound_at_which_norms_vanish_is_refused():
+    """In float32 the norm of a gradient of 1e-23 is zero: it would pass any bound."""
+    assert torch.full((1, 3), 1e-23).norm() == 0
+    with pytest.raises(ValueError, match="what has no norm is not clipped"):
+        FlatClipping(1e-24)
+    FlatClipping(1e-15)

@@ -1,5 +1,6 @@
 """All records of a user together contribute at most the bound."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,3 +109,19 @@ def test_the_bound_is_the_inner_parts():
     assert part.inner.max_grad_norm == part.sensitivity == optimizer.max_grad_norm == 3.0
     part.load_state_dict({"max_grad_norm": 4.0})
     assert part.state_dict() == {"max_grad_norm": 4.0}
+
+
+@pytest.mark.parametrize("ids", [[torch.tensor(7) for _ in range(4)], torch.full((4,), 7), np.full(4, 7)])
+def test_one_user_is_one_user_whatever_holds_the_id(ids):
+    params = parameters()
+    optimizer = private(params, max_grad_norm=1.0, clipping=UserClipping())
+    deliver(params, gradients(params, 4, scale=50.0))
+    optimizer.clipping.set_users(ids)
+    optimizer.clip_and_accumulate()
+    assert torch.cat([p.summed_grad.flatten() for p in params]).norm() <= 1.0
+
+
+@pytest.mark.parametrize("id", [float("nan"), [1], torch.ones(2), torch.tensor(float("nan"))], ids=str)
+def test_an_id_that_is_like_no_other_is_refused(id):
+    with pytest.raises(ValueError, match="cannot be compared with other ids"):
+        UserClipping().set_users([1, id])

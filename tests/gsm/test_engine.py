@@ -187,7 +187,7 @@ def test_seeds_reproduce_a_run():
     def run(seed):
         torch.manual_seed(1)
         made = parts(generator=torch.Generator().manual_seed(seed))
-        _, model, optimizer, loader = private(made=made, noise_generator=torch.Generator().manual_seed(seed))
+        _, model, optimizer, loader = private(made=made, noise_generator=torch.Generator().manual_seed(seed + 10))
         train(model, optimizer, loader)
         return flat(model)
 
@@ -211,6 +211,34 @@ def test_target_epsilon_is_met_and_not_exceeded(accountant, length):
     )
     train(model, optimizer, loader, steps=18)
     assert 2.97 <= engine.get_epsilon(1e-5) <= 3.0
+
+
+ASSUMED = [{"relation": "replace_one"}, {"sampling": "unsampled"}, {"sampling": "shuffled", "relation": "zero_out"}]
+
+
+@pytest.mark.parametrize("assumed", ASSUMED)
+@pytest.mark.parametrize("accountant", [accountants.PLDAccountant, accountants.RDPAccountant])
+def test_target_epsilon_is_met_under_what_the_accountant_assumes(accountant, assumed):
+    engine = PrivacyEngine(accountant=accountant(**assumed))
+    model, optimizer, loader = parts()
+    model, optimizer, loader = engine.make_private_with_epsilon(
+        module=model, optimizer=optimizer, data_loader=loader, target_epsilon=3.0, target_delta=1e-5, epochs=3,
+        max_grad_norm=1.0, poisson_sampling=assumed.get("sampling") != "shuffled",
+    )  # fmt: skip
+    train(model, optimizer, loader, steps=18)
+    assert 2.97 <= engine.get_epsilon(1e-5) <= 3.0
+
+
+def test_opacus_accountants_are_calibrated_for_by_name():
+    engine = PrivacyEngine(accountant=opacus.accountants.RDPAccountant())
+    model, optimizer, loader = parts()
+    model, optimizer, loader = engine.make_private_with_epsilon(
+        module=model, optimizer=optimizer, data_loader=loader, target_epsilon=3.0, target_delta=1e-5, epochs=3,
+        max_grad_norm=1.0,
+    )  # fmt: skip
+    assert optimizer.noise_multiplier == accountants.get_noise_multiplier(
+        target_epsilon=3.0, target_delta=1e-5, sample_rate=optimizer.sample_rate, epochs=3, accountant="rdp"
+    )
 
 
 @pytest.mark.parametrize("poisson", [False, True])  # 3 / (1 / 75) is 224.99999999999997

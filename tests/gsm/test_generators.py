@@ -58,3 +58,13 @@ def test_what_was_drawn_for_something_else_is_free() -> None:
     for _ in range(300):
         torch.rand(100, generator=generator)
         assert not use(used, generator, 100)
+
+
+def test_generators_that_take_turns_are_each_recognised() -> None:
+    used = Used()
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    for _ in range(2):
+        for generator in generators:
+            assert not use(used, generator, 10)
+    for seed in range(6):
+        assert use(used, torch.Generator().manual_seed(seed), 10)

@@ -15,8 +15,8 @@ from gsm.journal import Journal
 from tests.gsm.training import parts, train
 
 
-def private(engine):
-    model, optimizer, loader = parts()
+def private(engine, **seed):
+    model, optimizer, loader = parts(**seed)
     return engine.make_private(
         module=model, optimizer=optimizer, data_loader=loader, noise_multiplier=1.0, max_grad_norm=1.0
     )
@@ -34,7 +34,7 @@ def test_optimizers_made_before_and_after_the_journal_use_it(tmp_path):
     train(*early, steps=2)
     engine.keep_journal(tmp_path / "j")
     train(*early, steps=1)
-    train(*private(engine), steps=3)
+    train(*private(engine, seed=1), steps=3)
     engine.journal.close()
     assert steps(tmp_path / "j") == engine.journal.steps == 6
     assert engine.accountant.history == engine.journal.history() == [(1.0, 1 / 6, 6)]

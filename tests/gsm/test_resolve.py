@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import grad, vmap
 
 import grad_samplers
 from gsm import resolve
 from gsm.layout import Layout, Rows, Unresolvable
 from gsm.wrapper import GradSampleModule
-from tests.compare import check
+from tests.compare import MODES, check
 
 D = 3
 
@@ -138,3 +139,31 @@ def test_what_cannot_be_located_is_not_taken_for_a_constant() -> None:
     with pytest.raises(Unresolvable, match="weight: used by add, but nobody knows") as caught:
         resolve.layout_of(active, TARGET, "add", torch.ones(2))
     assert caught.value.parameters == ("weight",)
+
+
+class Forces(nn.Module):
+    """A derivative with respect to the inputs as output, by one of torch's ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.energy, self.how = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "autograd":
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+        if self.how == "of inputs alone":
+            return self.energy(x) + vmap(grad(lambda v: v.pow(3).sum()))(x)
+        return vmap(grad(lambda v: self.energy(v).sum()))(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["of inputs alone", "torch.func"])
+def test_derivatives_in_the_forward(how: str, mode: str) -> None:
+    check(Forces(how), torch.randn(5, 4), mode=mode)
+
+
+def test_a_graph_of_the_derivative_takes_a_whole_subtree() -> None:
+    check(Forces("autograd"), torch.randn(5, 4), mode="functorch")
+    with pytest.raises(RuntimeError, match="takes mode='functorch'"):
+        check(Forces("autograd"), torch.randn(5, 4), mode="ghost")

@@ -96,6 +96,22 @@ def test_rows_are_compared_with_the_records_of_their_own_batch() -> None:
     assert seen == [(12, 4), None]
 
 
+def test_a_loop_that_holds_batches_back_is_silent() -> None:
+    """What fetches ahead: the batch at hand is smaller or larger than the one drawn last."""
+    model = GradSampleModule(nn.Linear(3, 2), mode="ghost")
+    generator = torch.Generator().manual_seed(1)
+    loader = DPDataLoader(TensorDataset(torch.randn(40, 3)), sample_rate=0.5, generator=generator)
+    for ahead in (1, 2):
+        waiting: list[torch.Tensor] = []
+        for _ in range(5):
+            for (x,) in loader:
+                waiting.append(x)
+                if len(waiting) > ahead:
+                    model(waiting.pop(0)).sum().backward()
+                    model.zero_grad()
+                    assert model._tape.more_rows is None
+
+
 def test_a_second_backward_through_the_same_forward_is_a_batch_again() -> None:
     model = GradSampleModule(nn.Linear(3, 2), mode="ghost")
     loss = model(torch.randn(4, 3)).sum()
