@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 #: A module, its path, and the dictionary of its tensors in which the name stands.
 Owner = tuple[str, nn.Module, dict, str]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Parameters:
@@ -100,7 +101,10 @@ def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, wri
 
 
 def _mark(p: Tensor) -> tuple[int, int, float]:
-    """Changes with the values, however they are written: what goes through ``p.data`` leaves no version behind."""
+    """Changes with the values, however they are written: what goes through ``p.data`` leaves no version behind (of
+    packed integers and other types that have no norm, nothing else is looked at)."""
+    if p.dtype not in FLOATS:
+        return p.data_ptr(), p._version, 0.0
     total = torch.linalg.vector_norm(p.detach(), dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
     return p.data_ptr(), p._version, total.nan_to_num().item()
 

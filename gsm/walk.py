@@ -22,13 +22,8 @@ from gsm.layers import run_sampler
 from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
 from gsm.probe import probe
-<<<<<<< HEAD
-from gsm.probe_buffers import check_buffers
-from gsm.reentrant import cut_off
-=======
 from gsm.probe_buffers import Parameters, check_buffers
-from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
->>>>>>> 3e46be67a0203dccf813ec4b5cfed6239aa35044
+from gsm.reentrant import cut_off
 from gsm.structures import tensors_in
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape

@@ -657,3 +657,22 @@ def test_a_power_iteration_that_goes_on_is_no_influence(norm: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Conv2d(8, 8, 3)), nn.Flatten(), nn.Linear(8, 1))
     GradSampleModule(model)(torch.randn(4, 3, 5, 5)).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.bfloat16])
+def test_frozen_parameters_may_be_of_any_type(dtype):
+    """Packed weights have no norm by which a change would show; nothing is asked of them."""
+
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = nn.Parameter(torch.ones(4, 4).to(dtype), requires_grad=False)
+            self.out = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x @ (self.packed.real if self.packed.is_complex() else self.packed.float()))
+
+    model, x = GradSampleModule(Packed()), torch.randn(3, 4)
+    model(x).sum().backward()
+    expected = 3 * x.sum(1).view(3, 1, 1).expand(3, 2, 4)  # a mean's share of 1/3 is undone
+    torch.testing.assert_close(model.out.weight.grad_sample, expected)
