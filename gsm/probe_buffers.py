@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
+from gsm.structures import stored
+from gsm.undisturbed import buffers_restored
+
 
 class DataInBuffers(ValueError):
     """A buffer of the model changes with the data, and no noise covers it."""
@@ -34,21 +37,16 @@ def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any) -> 
     owners = [(path, m, name) for path, m in model.named_modules() for name, b in m._buffers.items() if b is not None]
     if not owners:
         return
-    before = [(m, name, m._buffers[name], m._buffers[name].detach().clone()) for _, m, name in owners]  # type: ignore[union-attr]
+    before = [m._buffers[name].detach().clone() for _, m, name in owners]  # type: ignore[union-attr]
     devices = sorted({b.device.index or 0 for b in model.buffers() if b.is_cuda})
 
     def after(values: Any) -> list[Tensor]:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), buffers_restored(model):
             run(values)
-        found = [m._buffers[name].detach().clone() for _, m, name in owners]  # type: ignore[union-attr]
-        for m, name, buffer, value in before:
-            m._buffers[name] = buffer
-            with torch.no_grad():
-                buffer.copy_(value)
-        return found
+            return [m._buffers[name].detach().clone() for _, m, name in owners]  # type: ignore[union-attr]
 
     first = after(inputs)
-    if all(_equal(a, b[3]) for a, b in zip(first, before, strict=True)):
+    if all(map(_equal, first, before)):
         return
     others = tree_map(_other, inputs, is_leaf=lambda x: isinstance(x, PackedSequence))
     for (path, module, name), a, b in zip(owners, first, after(others), strict=True):
@@ -72,4 +70,5 @@ def _other(x: Any) -> Any:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    pairs = zip(stored(a), stored(b), strict=True)
+    return all(x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in pairs)

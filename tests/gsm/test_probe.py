@@ -20,7 +20,7 @@ from gsm.probe_buffers import check_buffers
 from gsm.shown import compare
 from gsm.trial import sizes_for
 from gsm.wrapper import GradSampleModule
-from tests.compare import check
+from tests.compare import MODES, check
 
 
 def test_layouts_are_told_by_what_moves() -> None:
@@ -657,3 +657,27 @@ def test_a_power_iteration_that_goes_on_is_no_influence(norm: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), norm(nn.Conv2d(8, 8, 3)), nn.Flatten(), nn.Linear(8, 1))
     GradSampleModule(model)(torch.randn(4, 3, 5, 5)).sum().backward()
+
+
+class Scaled(nn.Linear):
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__(3, 4)
+        scale = torch.randn(4, 4)
+        self.register_buffer("scale", scale.to_sparse() if sparse else scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h @ self.scale if h.dim() > 2 or not self.scale.is_sparse else torch.sparse.mm(self.scale, h.t()).t()
+
+
+def test_another_kind_of_input_leaves_the_forward_before_its_buffers() -> None:
+    """They were put back by writing to them, and the backward of the forward before was refused."""
+    model = GradSampleModule(Scaled())
+    (model(torch.randn(4, 3)).sum() + model(torch.randn(4, 2, 3)).sum()).backward()
+    assert all(p.grad_sample.shape == (4, *p.shape) for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sparse_buffers(mode: str) -> None:
+    """A graph's adjacency, say: it has no storage to look at."""
+    check(Scaled(sparse=True), torch.randn(4, 3), mode=mode)
