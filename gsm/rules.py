@@ -120,6 +120,11 @@ def addmm(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) ->
             return apply_to_values(func, args, kwargs)
         raise unresolvable(tracked, "addmm", " with scales or in an unusual place")
     bias, x, weight = args
+    if bias.dim() == 2 and bias.shape[0] == 1:  # bias.unsqueeze(0), as it is often written
+        bias = _moved(bias, torch.squeeze, 0) if isinstance(bias, Tracked) else bias.squeeze(0)
+    if bias.shape != weight.shape[1:]:
+        product = _rows(active, x, _moved(weight, torch.t))
+        return broadcast(active, torch.add, (bias, product), {}) if isinstance(bias, Tracked) else bias + product
     return known_call(active, F.linear, (x, _moved(weight, torch.t), bias), {})
 
 
