@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from gsm.bags import bags_in, regrouped
 from gsm.capture import Capture, CapturedForward
+from gsm.layout import SamplesInfluenceEachOther
 from gsm.locate import Log
 from gsm.structures import named_tensors
 from gsm.tracked import Tracked
@@ -109,6 +110,7 @@ class Trial:
     kwargs: dict[str, Any]
     size: int
     mild: bool = False
+    suspected: SamplesInfluenceEachOther | None = None  # seen before it was known where the batch lies
 
     def inputs(self, n: int, skip: int = 0, other: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for ``n`` samples, see :func:`resized`."""
