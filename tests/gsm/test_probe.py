@@ -741,7 +741,7 @@ def test_uses_behind_one_that_a_shape_misled_are_looked_at_again(model: nn.Modul
     assert {entry.rung for entry in wrapped.plan} == {"tracked"}
 
 
-class CentredDistances(nn.Module):
+class CentredProducts(nn.Module):
     """Mixes the samples in front of a use without a rule; one sample at a time would hide it."""
 
     def __init__(self) -> None:
@@ -749,9 +749,9 @@ class CentredDistances(nn.Module):
         self.centres = nn.Parameter(torch.randn(5, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cdist(x - x.mean(0), self.centres)
+        return torch.inner(x - x.mean(0), self.centres)
 
 
 def test_influence_is_not_forgotten_over_a_use_without_a_rule() -> None:
-    with pytest.raises(SamplesInfluenceEachOther, match="centres is used by cdist"):
-        GradSampleModule(CentredDistances())(torch.randn(6, 4))
+    with pytest.raises(SamplesInfluenceEachOther, match="centres is used by inner"):
+        GradSampleModule(CentredProducts())(torch.randn(6, 4))
