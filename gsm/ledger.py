@@ -101,8 +101,9 @@ def norm(grad: Tensor) -> Tensor:
     """``[batch]`` norms of ``[batch, ...]``, accumulated in float32 or better."""
     if grad.dim() == 1:
         return grad.to(accumulation_dtype(grad.dtype)).abs()
-    flat = grad.reshape(grad.shape[0], -1) if grad.shape[0] else grad.new_zeros(0, 1)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=accumulation_dtype(grad.dtype))
+    if not grad.shape[0]:
+        return grad.new_zeros(0, dtype=accumulation_dtype(grad.dtype))
+    return torch.linalg.vector_norm(in_memory_order(grad).flatten(1), dim=1, dtype=accumulation_dtype(grad.dtype))
 
 
 def weighted(grad: Tensor, weights: Tensor) -> Tensor:
@@ -110,8 +111,24 @@ def weighted(grad: Tensor, weights: Tensor) -> Tensor:
     dtype = accumulation_dtype(grad.dtype)
     if grad.shape[0] == 0:
         return grad.new_zeros(grad.shape[1:], dtype=dtype)
-    out = torch.mv(grad.reshape(grad.shape[0], -1).to(dtype).t(), weights.to(dtype))
-    return out.view(grad.shape[1:])
+    ordered = in_memory_order(grad)
+    out = torch.mv(ordered.reshape(grad.shape[0], -1).to(dtype).t(), weights.to(dtype)).view(ordered.shape[1:])
+    return out if ordered is grad else out.permute(_back(grad)).contiguous()
+
+
+def in_memory_order(grad: Tensor) -> Tensor:
+    """``[batch, ...]`` with the other dimensions as they lie in memory, so that flattening copies nothing."""
+    return grad if grad.is_contiguous() else grad.permute(0, *_order(grad))
+
+
+def _order(grad: Tensor) -> list[int]:
+    return sorted(range(1, grad.dim()), key=grad.stride, reverse=True)
+
+
+def _back(grad: Tensor) -> list[int]:
+    """The permutation that undoes :func:`in_memory_order` for a sum over the batch."""
+    order = _order(grad)
+    return [order.index(d) for d in range(1, grad.dim())]
 
 
 def row(weights: Tensor, i: int) -> Tensor:

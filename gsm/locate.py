@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gsm.layout import UNKNOWN, Layout, Rows, Unresolvable, Untold, guess
 from gsm.ownership import owners_of
-from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
+from gsm.reentrant import cut_off
 
 if TYPE_CHECKING:
     from gsm.tape import Pass
@@ -68,7 +68,7 @@ def locate(active: Pass, site: str, x: Tensor, batch_dim: int | None = None) -> 
     like = _elsewhere(active, site, x)
     if like is not _UNSEEN:
         return like
-    why = CUT_OFF if inside_reentrant_checkpoint() else UNLIKE
+    why = cut_off() or UNLIKE
     raise Untold(f"where a tensor of shape {tuple(x.shape)} has its batch cannot be told: {why}")
 
 

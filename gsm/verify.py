@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gsm.contributions import Record
 from gsm.ledger import collect
 from gsm.planner import Planner
+from gsm.random_numbers import RandomNumbers, Settled, own_generators, settled
 from gsm.structures import tensors_in
 from gsm.undisturbed import NoDropout
 from gsm.verify_influence import alone_differs, influence
@@ -26,6 +27,8 @@ from gsm.verify_samples import Inputs, Loss, own_loss, users_loss
 from gsm.wrapper import GradSampleModule, _strip
 
 HALF = (torch.float16, torch.bfloat16)
+#: The uniform number behind what a model draws during the check: neither the middle, where noise is 0, nor an end.
+DRAWN = 0.7
 
 
 def verify(
@@ -34,7 +37,8 @@ def verify(
     """Compares per-sample gradients and norms with a one-sample loop, and checks that no sample influences another.
 
     A plain model is checked in the modes "hooks" and "ghost", a wrapped one in its own mode and with its own settings.
-    Dropout is off during the check, and half precision is checked in float32.
+    Dropout is off during the check, other random numbers are the same for every sample, and half precision is checked
+    in float32.
 
     Args:
         model: wrapped or plain; it is left untouched (copies are run).
@@ -67,8 +71,7 @@ def verify(
         settings, modes = {name: getattr(model, name) for name in settings}, (model.mode,)
     batch = Inputs(inputs, settings["batch_first"])
     report = VerificationReport(batch.size, rtol, modes)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), NoDropout(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=_devices(model)), torch.enable_grad(), NoDropout(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         plain = _deterministic_copy(model._module if wrapped else model, report)
         if any(p.dtype in HALF for p in plain.parameters()):
@@ -77,6 +80,10 @@ def verify(
             report.notes.append("half precision was checked in float32")
         _verify(report, plain, batch, loss, settings, reduction=settings["loss_reduction"] if wrapped else None)
     return report
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
 
 
 def _deterministic_copy(model: Any, report: VerificationReport) -> nn.Module:
@@ -105,14 +112,30 @@ def _verify(
     settings: dict[str, Any],
     reduction: str | None,
 ) -> None:
-    together = _run(plain, batch, seed=0)
-    if not _equal(together, _run(plain, batch, seed=1)):
-        report.problems.append(
-            "The forward draws random numbers besides dropout, so a sample alone and the same sample in the batch "
-            "cannot be compared: switch that off for the check (a layer in eval mode, a fixed noise)."
-        )
-        return
-    rows = torch.arange(batch.size)
+    drawn = RandomNumbers(_devices(plain), own_generators(plain))
+    batch(plain)
+    if not drawn.drawn() and _repeats(plain, batch):
+        return _verify_settled(report, plain, batch, user, settings, reduction)
+    with settled(0), Settled(DRAWN, DRAWN):
+        if _repeats(plain, batch):
+            report.notes.append("the model's random numbers were one and the same for every sample")
+            return _verify_settled(report, plain, batch, user, settings, reduction)
+    report.problems.append(
+        "The forward draws random numbers, from a generator that cannot be held still, so a sample alone and the same "
+        "sample in the batch cannot be compared: switch that off for the check (a layer in eval mode, a fixed noise)."
+    )
+
+
+def _verify_settled(
+    report: VerificationReport,
+    plain: nn.Module,
+    batch: Inputs,
+    user: Any,
+    settings: dict[str, Any],
+    reduction: str | None,
+) -> None:
+    """The comparison, for a forward that gives the same every time."""
+    together, rows = _run(plain, batch), torch.arange(batch.size)
     try:
         alone = [_run(plain, batch.pick(rows[i : i + 1])) for i in range(batch.size)]
     except Exception as error:
@@ -149,7 +172,9 @@ def _run(model: nn.Module, batch: Inputs, seed: int = 0) -> Any:
     return batch(model)
 
 
-def _equal(a: Any, b: Any) -> bool:
+def _repeats(model: nn.Module, batch: Inputs) -> bool:
+    """Whether the forward gives the same with other random numbers."""
+    a, b = (_run(model, batch, seed) for seed in (0, 1))
     return all(torch.equal(x, y) or torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
                for x, y in zip(tensors_in(a), tensors_in(b), strict=True))
 

@@ -23,7 +23,7 @@ from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
 from gsm.probe import probe
 from gsm.probe_buffers import check_buffers
-from gsm.reentrant import CUT_OFF, inside_reentrant_checkpoint
+from gsm.reentrant import cut_off
 from gsm.structures import tensors_in
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
@@ -108,7 +108,7 @@ class CapturePlan:
         if not self.tape.enabled:
             return
         p.grad = None
-        why = CUT_OFF if inside_reentrant_checkpoint() else OUTSIDE
+        why = cut_off() or OUTSIDE
         raise RuntimeError(f"{self.tape.names.get(id(p), 'A parameter')} received an ordinary gradient: {why}")
 
     def described(self) -> Plan:

@@ -1,5 +1,8 @@
 """Convolutions and transposed convolutions: every option, against the loop."""
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -33,10 +36,15 @@ def options(draw):
     }
 
 
+def folded(fold):
+    """Channels as few as the tests' are read from the unfolded input: the folded convolution has to be asked for."""
+    return patch.object(conv, "patches_are_faster", lambda _: False) if fold else nullcontext()
+
+
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")
-@settings(max_examples=120)
-@given(options(), st.data())
-def test_conv(drawn, data):
+@settings(max_examples=160)
+@given(options(), st.data(), st.booleans())
+def test_conv(drawn, data, fold):
     rank, kwargs = drawn
     mode = data.draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
     padding = data.draw(st.sampled_from(["same", "valid", "numbers"]))
@@ -48,12 +56,13 @@ def test_conv(drawn, data):
     size = [span + data.draw(st.integers(2, 4)) for span in spans]
     layer = CONV[rank](**kwargs, padding=padding, padding_mode=mode)
     batch = data.draw(st.integers(0 if mode == "zeros" else 1, 3))
-    check(layer, torch.randn(batch, layer.in_channels, *size, dtype=torch.float64))
+    with folded(fold):
+        check(layer, torch.randn(batch, layer.in_channels, *size, dtype=torch.float64))
 
 
-@settings(max_examples=120)
-@given(options(), st.data())
-def test_conv_transpose(drawn, data):
+@settings(max_examples=160)
+@given(options(), st.data(), st.booleans())
+def test_conv_transpose(drawn, data, fold):
     rank, kwargs = drawn
     padding = per_dim(data.draw, rank, 0, 2)
     limits = [max(s, d) - 1 for s, d in zip(kwargs["stride"], kwargs["dilation"], strict=True)]
@@ -63,7 +72,8 @@ def test_conv_transpose(drawn, data):
     lengths = zip(size, layer.stride, layer.dilation, layer.kernel_size, padding, extra, strict=True)
     assume(all((n - 1) * s + d * (k - 1) + 1 - 2 * p + e > 0 for n, s, d, k, p, e in lengths))
     batch = data.draw(st.integers(0, 3))
-    check(layer, torch.randn(batch, layer.in_channels, *size, dtype=torch.float64))
+    with folded(fold):
+        check(layer, torch.randn(batch, layer.in_channels, *size, dtype=torch.float64))
 
 
 def test_transposed_output_that_is_all_margin():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gsm.contributions import Paired
-from gsm.ledger import Joint, Materialised, collect, discard, norm, stack_rows, weighted
+from gsm.ledger import Joint, Materialised, collect, discard, in_memory_order, norm, stack_rows, weighted
 from gsm.wrapper import GradSampleModule
 
 
@@ -82,3 +82,18 @@ def test_rows_of_several_kinds_take_the_widest():
     found = stack_rows([torch.ones(2), None, exact], [p, p, p], 2)
     assert found.tolist() == [[1.0, 1.0], [0.0, 0.0], exact.tolist()]
     assert stack_rows([None, None], [p, p], 2).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dims", [(1, 2, 3), (2, 1, 3), (3, 1, 2), (3, 2, 1)])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gradients_in_any_order_of_memory_are_read_as_they_are(dims, expanded):
+    """A thin layer's gradients are transposed products: flattening them in their own order would copy them."""
+    torch.manual_seed(0)
+    grads, weights = torch.randn(5, 3, 4, 6, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    grads = (grads[:, :1].expand(-1, 3, -1, -1) if expanded else grads).permute(0, *dims)
+    rows = grads.reshape(5, -1)
+    torch.testing.assert_close(norm(grads), rows.norm(dim=1), rtol=1e-12, atol=0)
+    total = weighted(grads, weights)
+    torch.testing.assert_close(total, (weights @ rows).view(grads.shape[1:]), rtol=1e-12, atol=1e-14)
+    assert total.is_contiguous()
+    assert expanded or in_memory_order(grads).is_contiguous()

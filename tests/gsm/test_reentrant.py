@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gsm import GradSampleModule
 from gsm.layout import Unresolvable
-from gsm.reentrant import inside_reentrant_checkpoint
+from gsm.reentrant import cut_off
 from tests.compare import MODES, check
 
 NAMED = r"use_reentrant=True runs a piece .* pass use_reentrant=False .*'use_reentrant': False"
@@ -79,13 +79,50 @@ def test_another_cause_beside_a_reentrant_checkpoint_is_not_put_down_to_it() -> 
     assert "reentrant" not in str(held.value)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_it_is_seen_from_inside_and_only_there(reentrant: bool) -> None:
+class Reversible(torch.autograd.Function):
+    """Keeps no graph of its piece and runs it again in the backward, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, piece: Any) -> Tensor:
+        ctx.piece = piece
+        ctx.save_for_backward(x)
+        return piece(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            ctx.piece(x).backward(grad)
+        return x.grad, None
+
+
+class Reversed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(Reversible.apply(self.a(x), self.piece))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("piece", PIECES, ids=["layers", "parameter"])
+def test_layers_that_a_function_runs_again_in_its_backward_are_refused_by_its_name(mode: str, piece: Any) -> None:
+    wrapped = GradSampleModule(Reversed(piece(), False), mode=mode)
+    out = wrapped(torch.randn(3, 4))
+    with pytest.raises(Unresolvable, match="Reversible, a torch.autograd.Function, runs a piece of the model again"):
+        out.sum().backward()
+
+
+def test_what_runs_the_caller_in_a_backward_is_told_and_nothing_else() -> None:
     seen = []
 
     def piece(h: Tensor) -> Tensor:
-        seen.append(inside_reentrant_checkpoint())
+        seen.append(cut_off() or "")
         return h.sin()
 
-    checkpoint(piece, torch.randn(3, requires_grad=True), use_reentrant=reentrant).sum().backward()
-    assert seen == [False, reentrant] and not inside_reentrant_checkpoint()
+    x = torch.randn(3, requires_grad=True)
+    checkpoint(piece, x, use_reentrant=True).sum().backward()
+    checkpoint(piece, x, use_reentrant=False).sum().backward()
+    Reversible.apply(x, piece).sum().backward()
+    # inside the backward of a Function that asks for tensors, a checkpoint that is not reentrant runs the piece again
+    checkpoint(lambda h: Reversible.apply(piece(h), torch.sin), x, use_reentrant=False).sum().backward()
+    inside = [text.split(" ")[0].rstrip(",") for text in seen]
+    assert inside == ["", "torch.utils.checkpoint", "", "", "", "Reversible", "", ""]
+    assert cut_off() is None

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,13 +246,56 @@ def test_a_sum_where_the_wrapper_was_told_mean():
     assert "The loss is the sum" in report.problems[0] and "loss_reduction='mean'" in report.problems[0]
 
 
-def test_random_forwards_cannot_be_compared():
+class Drawing(nn.Module):
+    """Draws in one of the ways models do, sample by sample; ``wrong`` lets a random neighbour in."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        self.way, self.first, self.second = way, nn.Linear(4, 6), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, spread = self.first(x).chunk(2, 1)
+        if self.way == "posterior":
+            return self.second(mean + spread.exp() * torch.randn_like(mean))
+        if self.way == "stochastic depth":
+            return self.second(mean + spread * torch.bernoulli(torch.full((len(x), 1), 0.8)) / 0.8)
+        if self.way == "masked":
+            return self.second(mean * (torch.rand(len(x), 3) > 0.4) + spread)
+        if self.way == "python":
+            return self.second(mean + spread * random.random())
+        return self.second(mean + 0.1 * spread[torch.randperm(len(x))])
+
+
+@pytest.mark.parametrize("way", ["posterior", "stochastic depth", "masked", "python"])
+def test_random_forwards_are_compared_with_the_same_numbers_for_every_sample(way):
+    report = verify(Drawing(way), torch.randn(4, 4))
+    assert report.ok, report
+    assert report.checks and "one and the same for every sample" in str(report)
+
+
+def test_a_wrong_sampler_shows_behind_random_numbers():
+    def double(layer, activations, backprops):
+        return {p: 2 * g for p, g in scale_gradients(layer, activations, backprops).items()}
+
+    for grad, right in ((scale_gradients, True), (double, False)):
+        with registered(grad):
+            assert verify(nn.Sequential(Drawing("posterior"), Scale(2)), torch.randn(4, 4)).ok is right
+
+
+def test_a_random_neighbour_is_a_problem():
+    report = verify(Drawing("shuffled"), torch.randn(4, 4))
+    assert "Samples influence each other" in report.problems[0]
+
+
+def test_forwards_that_cannot_be_held_still_are_not_compared():
+    generator = numpy.random.default_rng(0)
+
     class Noisy(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) * torch.rand(len(x), 1)
+            return super().forward(x) * float(generator.random())
 
     report = verify(Noisy(4, 2), torch.randn(4, 4))
-    assert not report.ok and "random numbers" in report.problems[0]
+    assert not report.ok and "cannot be held still" in report.problems[0]
 
 
 def test_what_was_verified_stays_untouched():
