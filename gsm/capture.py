@@ -30,6 +30,7 @@ from gsm.tracked import Tracked
 if TYPE_CHECKING:
     pass
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since PyTorch 2.7
 Runner = Callable[["Capture", "CapturedForward", tuple[Any, ...], dict[str, Any]], Any]
 
 
@@ -47,6 +48,11 @@ class CapturedForward:
         """That of the forward it stands for: transformers' `generate` and `Trainer` look at it."""
         return inspect.signature(self.previous or types.MethodType(type(self.module).forward, self.module))
 
+    @property
+    def __code__(self) -> Any:
+        """Of the forward it stands for: `torch.export` looks where it was written."""
+        return getattr(self.previous or type(self.module).forward, "__code__", type(self).original.__code__)
+
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """The forward that was there before."""
         if self.previous is not None:
@@ -58,6 +64,8 @@ class CapturedForward:
         if capture is None or self.bypass or not capture.tape.enabled or not torch.is_grad_enabled():
             return self.original(*args, **kwargs)
         if capture.tape.active is None:
+            if torch.jit.is_tracing() or _is_exporting():  # what comes of it trains nothing
+                return self.original(*args, **kwargs)
             return capture.eagerly(capture.open, self, args, kwargs)
         return self.run(args, kwargs)
 

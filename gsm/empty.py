@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from gsm.capture import CapturedForward
 from gsm.functions import Expand
 from gsm.resolve import ExpandUse
-from gsm.structures import make_known
+from gsm.structures import make_known, tensors_in
 from gsm.tape import Pass, Tape
 from gsm.tracked import Tracked
 from gsm.undisturbed import attributes_restored, undisturbed
@@ -56,9 +56,9 @@ def _try_backward(
                 return x
 
             change(forward.original(*args, **kwargs), keep)
-            params = [p for p in root.parameters() if p.requires_grad]
-            if found:
-                torch.autograd.grad(found, params, [torch.zeros_like(x) for x in found], allow_unused=True)
+            wanted = [x for x in (*root.parameters(), *tensors_in((args, kwargs))) if x.requires_grad]
+            if found and wanted:
+                torch.autograd.grad(found, wanted, [torch.zeros_like(x) for x in found], allow_unused=True)
         return True
     except Exception:
         return False

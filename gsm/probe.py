@@ -18,7 +18,7 @@ from gsm.layout import UNKNOWN, Layout, Rows, SamplesInfluenceEachOther, Unresol
 from gsm.locate import Log
 from gsm.random_numbers import TURNS, Settled, settled
 from gsm.scalars import compare_alone, named_scalars, uneven_labels
-from gsm.shown import BOTH_ENDS, check_influence, learned, learned_outputs, same
+from gsm.shown import BOTH_ENDS, check_influence, check_uses, learned, learned_outputs, same
 from gsm.structures import make_known, named_tensors, tensors_in
 from gsm.trial import Trial, Tried, all_given, sizes_for
 from gsm.undisturbed import attributes_restored, buffers_restored, saved_bytes, undisturbed
@@ -44,7 +44,11 @@ def probe(
     trial = Trial(capture, forward, args, kwargs, size)
     try:
         _probe(trial, strict)
-    except (Unresolvable, SamplesInfluenceEachOther):
+    except Unresolvable:
+        if trial.suspected is not None:
+            raise trial.suspected from None
+        raise
+    except SamplesInfluenceEachOther:
         raise
     except Exception as error:
         if _HOOKS in str(error):
@@ -64,13 +68,15 @@ def _probe(trial: Trial, strict: bool) -> None:
     tape.layouts = {}
     first, second = sizes_for(tensors_in(*make_known((trial.args, trial.kwargs))))
     left: dict[str, Tensor] = {}
+    met: set[tuple[str, int]] = set()
+    fresh = True  # uses were met that were not before: those behind them may have been misled
     for attempt in range(4):
         logs: list[Log] = []
         outputs = []
         with undisturbed(capture.root) as random_numbers:
             for n, skip in ((first, 0), (second, first)):
                 log = Log()
-                log.dry = attempt == 0
+                log.dry = fresh and attempt < 3
                 inputs = trial.inputs(n, skip)
                 restored = buffers_restored(capture.root), attributes_restored(capture.root)
                 measured: AbstractContextManager[dict[int, int]] = nullcontext({})
@@ -84,9 +90,20 @@ def _probe(trial: Trial, strict: bool) -> None:
             # A model that draws random numbers draws others at another size: compared with the same ones, below.
             draws, besides = random_numbers.drawn(), random_numbers.drawn_besides()
         ends = BOTH_ENDS if strict and not draws else ()
-        tape.layouts = learned(logs[0], logs[1], first, second, ends)
-        if not (logs[0].skipped or logs[1].skipped) and all(_as_taken(log, tape.layouts) for log in logs):
+        tape.layouts = learned(logs[0], logs[1], first, second)
+        skipped = logs[0].skipped or logs[1].skipped
+        is_settled = not skipped and all(_as_taken(log, tape.layouts) for log in logs)
+        try:
+            check_uses(logs[0], logs[1], tape.layouts, first, second, ends)
+        except SamplesInfluenceEachOther as error:
+            # A use that a shape hid in one of the two makes the site's later ones look like other tensors.
+            if is_settled or attempt == 3:
+                raise
+            trial.suspected = error
+        if is_settled:
             break
+        fresh = not met.issuperset((*logs[0], *logs[1]))
+        met.update(*logs)
     of_outputs = learned_outputs(outputs[0], outputs[1], first, second, ends)
     if strict:
         if not outputs[0]:
@@ -110,7 +127,7 @@ def _check_number(trial: Trial, sizes: tuple[int, int], ends: tuple[int, ...]) -
     for turn in range(len(TURNS)):
         with settled(turn) as mode:
             one, two = (trial.tried(n, skip, mode=mode) for n, skip in zip(sizes, (0, sizes[0]), strict=True))
-        learned(one[0], two[0], *sizes, ends)
+        check_uses(one[0], two[0], learned(one[0], two[0], *sizes), *sizes, ends)
         learned_outputs(one[1], two[1], *sizes, ends)
 
 

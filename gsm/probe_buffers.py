@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 
+from gsm.structures import stored
+from gsm.undisturbed import buffers_restored
+
 #: A module, its path, and the dictionary of its tensors in which the name stands.
 Owner = tuple[str, nn.Module, dict, str]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -64,22 +67,21 @@ def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, wri
     if not owners:
         return
     devices = sorted({b.device.index or 0 for b in model.buffers() if b.is_cuda})
-    before: list[tuple[dict, str, Tensor, Tensor]] = [
-        (held, name, held[name], held[name].detach().clone()) for *_, held, name in owners
-    ]
+    before = [held[name].detach().clone() for *_, held, name in owners]
+    parameters = [(held, name, held[name], held[name].detach().clone()) for *_, held, name in written]
 
     def after(values: Any) -> list[Tensor]:
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), buffers_restored(model):
             run(values)
-        found = [held[name].detach().clone() for *_, held, name in owners]
-        for held, name, tensor, value in before:
-            held[name] = tensor
+            found = [held[name].detach().clone() for *_, held, name in owners]
+        for held, name, p, value in parameters:
+            held[name] = p
             with torch.no_grad():
-                tensor.copy_(value)
+                p.copy_(value)
         return found
 
     first = after(inputs)
-    if all(_equal(a, b[3]) for a, b in zip(first, before, strict=True)):
+    if all(map(_equal, first, before)):
         return
     others = tree_map(_other, inputs, is_leaf=lambda x: isinstance(x, PackedSequence))
     for (path, module, held, name), a, b in zip(owners, first, after(others), strict=True):
@@ -119,4 +121,5 @@ def _other(x: Any) -> Any:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+    pairs = zip(stored(a), stored(b), strict=True)
+    return all(x.shape == y.shape and torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in pairs)

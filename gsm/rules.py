@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grad_samplers.attention import multi_head_attention
+from gsm.contractions import cdist, moved, rows_of, tensordot
 from gsm.known import known_call, layout_of, unresolvable
 from gsm.layout import Layout, Rows, Untold
 from gsm.resolve import aligned, broadcast, expanded, plain_tensors, reference
@@ -27,22 +28,14 @@ BROADCASTING = frozenset(
     "add radd iadd sub rsub isub subtract mul rmul imul multiply div rdiv idiv truediv rtruediv itruediv true_divide "
     "divide floor_divide pow rpow ipow float_power maximum minimum fmax fmin where lerp addcmul addcdiv clamp clip "
     "clamp_min clamp_max eq ne lt le gt ge logaddexp atan2 fmod remainder hypot xlogy cat concat concatenate stack "
-    "scaled_dot_product_attention".split()
+    "scaled_dot_product_attention cosine_similarity pairwise_distance linalg_vecdot "
+    "broadcast_tensors".split()
 )
 
 
 def _pure_unless_batched(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs, x: Tensor) -> bool:
     tracked = tracked_in(args, kwargs)
     return layout_of(active, tracked[0], func.__name__, x) is None
-
-
-def _rows(active: Pass, x: Tensor, weight: Tracked) -> Tensor:
-    """`x @ weight.T` as a use of `nn.Linear`."""
-    return known_call(active, F.linear, (x, weight), {})
-
-
-def _moved(weight: Tracked, function: Callable[..., Any], *args: Any) -> Tracked:
-    return apply_to_values(function, (weight, *args), {})
 
 
 def matmul(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -57,13 +50,13 @@ def matmul(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -
         return apply_to_values(torch.matmul, (left, right), {})
     if isinstance(right, Tracked):
         if right.dim() == 2:
-            return _rows(active, left, _moved(right, torch.t))
+            return rows_of(active, left, moved(right, torch.t))
         if right.dim() == 1:
-            return _rows(active, left, _moved(right, torch.unsqueeze, 0)).squeeze(-1)
+            return rows_of(active, left, moved(right, torch.unsqueeze, 0)).squeeze(-1)
     elif left.dim() == 2 and right.dim() >= 2:
-        return _rows(active, right.transpose(-1, -2), left).transpose(-1, -2)
+        return rows_of(active, right.transpose(-1, -2), left).transpose(-1, -2)
     elif left.dim() == 1 and right.dim() >= 2:
-        return _rows(active, right.transpose(-1, -2), _moved(left, torch.unsqueeze, 0)).squeeze(-1)
+        return rows_of(active, right.transpose(-1, -2), moved(left, torch.unsqueeze, 0)).squeeze(-1)
     elif left.dim() <= 2 and right.dim() == 1:
         raise unresolvable(tracked, func.__name__, " with a vector that holds the batch")
     return _stacked_matmul(active, func, left, right)
@@ -75,7 +68,7 @@ def _stacked_matmul(active: Pass, func: Callable[..., Any], left: Any, right: An
     assert where is not None
     dim, layout, count = where
     if dim == -2 and isinstance(right, Tracked) and left.dim() == right.dim() == 3 and len(left) == len(right):
-        return torch.stack([_rows(active, x, _moved(right, _piece_t, i)) for i, x in enumerate(left.unbind(0))])
+        return torch.stack([rows_of(active, x, moved(right, _piece_t, i)) for i, x in enumerate(left.unbind(0))])
     if dim >= -2:
         raise unresolvable(tracked, func.__name__, " that contracts or mixes the batch")
     pair = [
@@ -96,7 +89,7 @@ def grouped_mm(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwarg
         raise unresolvable(tracked, func.__name__, " in an unusual form")
     ends = offs.tolist()
     pieces = [
-        _rows(active, x[start:end], _moved(weight, _piece_t, i))
+        rows_of(active, x[start:end], moved(weight, _piece_t, i))
         for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
     ]
     if ends[-1] < x.shape[0]:
@@ -120,7 +113,12 @@ def addmm(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) ->
             return apply_to_values(func, args, kwargs)
         raise unresolvable(tracked, "addmm", " with scales or in an unusual place")
     bias, x, weight = args
-    return known_call(active, F.linear, (x, _moved(weight, torch.t), bias), {})
+    if bias.dim() == 2 and bias.shape[0] == 1:  # bias.unsqueeze(0), as it is often written
+        bias = moved(bias, torch.squeeze, 0) if isinstance(bias, Tracked) else bias.squeeze(0)
+    if bias.shape != weight.shape[1:]:
+        product = rows_of(active, x, moved(weight, torch.t))
+        return broadcast(active, torch.add, (bias, product), {}) if isinstance(bias, Tracked) else bias + product
+    return known_call(active, F.linear, (x, moved(weight, torch.t), bias), {})
 
 
 def einsum(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -226,7 +224,7 @@ def getitem(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) 
     first = parts[0]
     if not isinstance(first, Tensor) or first.dtype == torch.bool or rest:
         raise unresolvable([target], "indexing", " by several indices or a mask that depend on the samples")
-    table = _moved(target, torch.reshape, (target.shape[0], -1))
+    table = moved(target, torch.reshape, (target.shape[0], -1))
     return known_call(active, F.embedding, (first.long(), table), {}).view(*first.shape, *target.shape[1:])
 
 
@@ -310,6 +308,8 @@ RULES: dict[str, Callable[[Pass, Callable[..., Any], Args, Kwargs], Any]] = {
     "repeat_interleave": repeat_interleave,
     "addmm": addmm,
     **{name: grouped_mm for name in ("grouped_mm", "grouped_mm_fallback")},
+    "tensordot": tensordot,
+    "cdist": cdist,
     "einsum": einsum,
     "getitem": getitem,
     "index_select": index_select,

@@ -12,11 +12,12 @@ from gsm.ownership import owners_in_layout
 BOTH_ENDS = (0, -1)
 
 
-def learned(
-    one: Log, other: Log, first: int, second: int, ends: tuple[int, ...]
-) -> dict[tuple[str, int], Layout | None]:
-    """The layouts that two forwards show; the samples at ``ends`` are checked for influence."""
-    layouts: dict[tuple[str, int], Layout | None] = {}
+Layouts = dict[tuple[str, int], Layout | None]
+
+
+def learned(one: Log, other: Log, first: int, second: int) -> Layouts:
+    """The layouts that two forwards show."""
+    layouts: Layouts = {}
     for key in {**one, **other}:
         if key not in one or key not in other:
             if not (one.skipped or other.skipped):  # else what is missing was cut short
@@ -27,8 +28,14 @@ def learned(
             layouts[key] = UNKNOWN
             continue
         layouts[key] = compare(a.x, b.x, first, second, a.owner)
-        check_influence(a.x, b.x, first, second, layouts[key], key[0], ends)
     return layouts
+
+
+def check_uses(one: Log, other: Log, layouts: Layouts, first: int, second: int, ends: tuple[int, ...]) -> None:
+    """Refuses two forwards in which samples influence those at ``ends``."""
+    for key, a in one.items():
+        if key in other and not (a.picked or other[key].picked):
+            check_influence(a.x, other[key].x, first, second, layouts[key], key[0], ends)
 
 
 Outputs = dict[str, Tensor]

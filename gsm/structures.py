@@ -7,6 +7,7 @@ from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
@@ -101,3 +102,15 @@ def _unflatten_dataclass(cls: type) -> Any:
         return new
 
     return unflatten
+
+
+def stored(x: Tensor) -> tuple[Tensor, ...]:
+    """The strided tensors that hold ``x``: itself, or the indices and values of a sparse one."""
+    x = x.detach()
+    if x.layout is torch.sparse_coo:
+        return x._indices(), x._values()
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return x.crow_indices(), x.col_indices(), x.values()
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return x.ccol_indices(), x.row_indices(), x.values()
+    return (x,)

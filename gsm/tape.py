@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from gsm import drawn
 from gsm.compiled import refuse_compiled_backward
@@ -75,7 +76,7 @@ class Tape:
         self.live = True  # until the capture is removed
         self.inside: str | None = None  # the subtree that is running as a whole, if one is
         self.after_backward: list[Callable[[], None]] = []
-        self._task = -1
+        self._task = self._inner = -1
         #: (rows, records) if the last forward had more rows than the loaders had drawn records for it.
         self.more_rows: tuple[int, int] | None = None
         #: How many records the last forward saw, as far as known; 0 if nothing is.
@@ -130,7 +131,8 @@ class Tape:
         aside: Aside | None = None,
     ) -> None:
         """Takes the output gradient of one use of one or more parameters; ``aside``: how to take them apart."""
-        self._mark(group)
+        if not self._asked_for(group):
+            return
         if record.batch_size == 0:  # rows of nobody may lack dimensions that samplers need
             for placeholder, target in targets:
                 self._add(group, target, Dense(placeholder.new_zeros(0, *placeholder.shape)))
@@ -156,12 +158,14 @@ class Tape:
 
     def receive_dense(self, group: Group, target: Tracked, grad: Tensor) -> None:
         """Takes a per-sample gradient that autograd itself produced, ``[batch, *target.shape]``."""
-        self._mark(group)
+        if not self._asked_for(group):
+            return
         self._add(group, target, Dense(grad.detach()))
 
     def receive_layer(self, group: Group, record: Record, params: Sequence[nn.Parameter]) -> None:
         """Takes the output gradient of a whole layer with a registered sampler."""
-        self._mark(group)
+        if not self._asked_for(group):
+            return
         if record.batch_size == 0:
             for p in params:
                 self._add_to(group, p, Dense(p.new_zeros(0, *p.shape)))
@@ -188,14 +192,26 @@ class Tape:
         else:
             group.add(param, contribution)
 
-    def _mark(self, group: Group) -> None:
+    def _asked_for(self, group: Group) -> bool:
+        """Whether this backward asks for gradients of the parameters; if so, ``group`` has them now.
+
+        One for the gradient of inputs alone does not: `torch.autograd.grad(loss, x)` of an adversarial example, the
+        steps of a fixed-point iteration in a backward hook. What it brings to a layer is not the loss's gradient.
+        """
         refuse_compiled_backward()
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Per-sample gradients of a backward with create_graph=True are not defined: those captured would "
-                "be of the inner derivative. Compute gradient penalties outside the wrapped model; a derivative that "
-                "is part of its forward (forces from an energy) takes mode='functorch', or torch.func.grad."
+                "be of the inner derivative. Wrap with mode='functorch' or 'loop', where a loss may hold derivatives "
+                "of the model's output (gradient penalties, residuals of differential equations) and a forward its "
+                "own (forces from an energy; torch.func.grad works in every mode), or compute them outside the model."
             )
+        task = torch._C._current_graph_task_id()
+        if task == self._inner:
+            return False
+        if task != self._task and not torch._C._will_engine_execute_node(get_gradient_edge(self.anchor).node):
+            self._inner = task
+            return False
         if not self.enabled:
             raise RuntimeError(
                 "The hooks were disabled between this forward and its backward, so the gradients would be neither per "
@@ -205,10 +221,10 @@ class Tape:
         group.delivered = True
         if not any(g is group for g in self.groups):
             self.groups.append(group)
-        task = torch._C._current_graph_task_id()
         if task != self._task:
             self._task = task
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(group))
+        return True
 
     def _finish(self, group: Group) -> None:
         self._task = -1

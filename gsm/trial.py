@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from gsm.bags import bags_in, regrouped
 from gsm.capture import Capture, CapturedForward
+from gsm.layout import SamplesInfluenceEachOther
 from gsm.locate import Log
 from gsm.structures import named_tensors
 from gsm.tracked import Tracked
@@ -102,6 +103,7 @@ class Trial:
         size: the batch size.
         mild: only samples as they are in the batch: invented ones may be out of what the model can take.
         measures: whether the memory for activations is measured.
+        suspected: what was seen before it was known where the batch lies.
     """
 
     capture: Capture
@@ -111,6 +113,7 @@ class Trial:
     size: int
     mild: bool = False
     measures: bool = True
+    suspected: SamplesInfluenceEachOther | None = None
 
     def inputs(self, n: int, skip: int = 0, other: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments for ``n`` samples, see :func:`resized`."""

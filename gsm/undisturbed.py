@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gsm.random_numbers import RandomNumbers, own_generators
+from gsm.structures import stored
 
 
 class NoDropout(TorchFunctionMode):
@@ -57,7 +58,10 @@ def undisturbed(model: nn.Module) -> Iterator[RandomNumbers]:
 
 @contextmanager
 def buffers_restored(model: nn.Module) -> Iterator[None]:
-    """What a forward writes into buffers (running means, a power iteration) is gone afterwards."""
+    """What a forward writes into buffers (running means, a power iteration) is gone afterwards.
+
+    A buffer that was only read is not written to either: the graph of another forward may have saved it.
+    """
     named = [(m, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     held = [(m, name, b, b.detach().clone()) for m, name, b in named]
     try:
@@ -66,8 +70,18 @@ def buffers_restored(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, b, before in held:
                 module._buffers[name] = b  # a forward may have put another tensor in its place
-                if b.shape == before.shape:
+                if b.shape == before.shape and not _same_bits(b, before):
                     b.copy_(before)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    pairs = list(zip(stored(one), stored(other), strict=True))
+    return all(a.shape == b.shape and torch.equal(_bits(a), _bits(b)) for a, b in pairs)
+
+
+def _bits(x: Tensor) -> Tensor:
+    x = x.int_repr() if x.is_quantized else x.resolve_conj().resolve_neg()
+    return x.contiguous().reshape(-1).view(torch.uint8)
 
 
 @contextmanager
@@ -98,13 +112,13 @@ def _may_hold(value: Any) -> bool:
 @contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[dict[int, int]]:
     """Bytes that autograd saves inside, by address, the model's own tensors left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    own = {s.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers()) for s in stored(t)}
     found: dict[int, int] = {}
 
     def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+        for storage in [part.untyped_storage() for part in stored(x)]:
+            if storage.data_ptr() not in own:
+                found[storage.data_ptr()] = storage.nbytes()
         return x.detach()  # an operation that saves its own output would otherwise keep itself alive for ever
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):

@@ -251,7 +251,7 @@ def _compare(
     except Exception as error:
         report.refused(mode, error)
         return
-    lengths = {n: g.flatten(1).norm(dim=1) for n, g in truth.items()}
+    lengths = {n: _lengths(g) for n, g in truth.items()}
     whole = torch.stack(list(lengths.values())).norm(dim=0).max()
     for k, (name, expected) in enumerate(truth.items()):
         entry = model.plan[name]
@@ -259,8 +259,13 @@ def _compare(
         floor = whole * (1e-6 if expected.dtype == torch.float64 else 1e-2)
         scale = torch.maximum(lengths[name], floor)
         gradient = torch.stack([s[k] for s in picked]).to(expected.dtype)
-        report.compare(name, mode, "gradient", handled, (gradient - expected).flatten(1).norm(dim=1), scale)
+        report.compare(name, mode, "gradient", handled, _lengths(gradient - expected), scale)
         report.compare(name, mode, "norm", handled, (norms[k].to(expected.dtype) - lengths[name]).abs(), scale)
         total = torch.tensordot(weights.to(expected.dtype), expected, 1)
         off = (sums[k].to(expected.dtype) - total).norm().reshape(1)
         report.compare(name, mode, "weighted sum", handled, off, scale.max().reshape(1))
+
+
+def _lengths(gradients: Tensor) -> Tensor:
+    """``[batch, *shape]`` to ``[batch]``, numbers without a shape included."""
+    return gradients.reshape(len(gradients), -1).norm(dim=1)

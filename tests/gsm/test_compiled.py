@@ -237,3 +237,17 @@ def test_one_thread_does_not_end_what_another_is_in() -> None:
     assert not seen
     counted(torch.ones(3))
     assert seen == [1]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("mode", ["hooks", "auto", "functorch"])
+def test_a_trained_model_can_be_exported_and_traced_and_trained_on(mode: str, whole: bool) -> None:
+    """`torch.export` ended in an AttributeError about the forward's code, or of tensors without a place in memory."""
+    plain, x = Net(), torch.randn(4, 4)
+    same, wrapped = copy.deepcopy(plain), GradSampleModule(plain, mode=mode)
+    for _ in range(2):
+        wrapped(x).sum().backward()
+        wrapped.zero_grad()
+        exported = torch.export.export(wrapped if whole else plain, (x,)).module()
+        for made in (exported, torch.jit.trace(plain, x)):
+            torch.testing.assert_close(made(x), same(x))

@@ -210,3 +210,38 @@ def test_a_model_that_runs_on_zero_rows_is_not_run_on_a_made_up_one() -> None:
     assert plain.rows == [0, 0] and torch.equal(torch.get_rng_state(), state)
     model(torch.zeros(0, 2)).sum().backward()
     assert plain.rows == [0, 0, 0]  # tried without the capture once only
+
+
+class Projected(nn.Module):
+    """Its backward needs what a buffer was during the forward."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(5, 2)
+        features = torch.randn(4, 5)
+        self.register_buffer("features", features.to_sparse() if layout == "sparse" else features)
+        self.sparse = layout == "sparse"
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(x)
+        return self.outer(torch.sparse.mm(self.features.t(), h.t()).t() if self.sparse else h @ self.features)
+
+
+@pytest.mark.parametrize("layout", ["strided", "sparse"])
+@pytest.mark.parametrize("mode", MODES)
+def test_trying_the_backward_leaves_the_buffers_to_the_forward(mode: str, layout: str) -> None:
+    """The buffers were put back by writing to them, after the forward had saved them: its backward was refused."""
+    model = GradSampleModule(Projected(layout), mode=mode)
+    for size in (4, 0, 3, 0):
+        model(torch.randn(size, 3)).square().sum().backward()
+        model.zero_grad()
+
+
+def test_a_frozen_model_gives_its_input_a_gradient_on_zero_rows() -> None:
+    model = GradSampleModule(nn.Sequential(nn.Linear(3, 4), nn.Tanh()))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for size in (2, 0):
+        x = torch.zeros(size, 3, requires_grad=True)
+        (g,) = torch.autograd.grad(model(x).sum(), x)
+        assert g.shape == (size, 3)

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsm.layout import Layout, SamplesInfluenceEachOther
-from gsm.probe_buffers import check_buffers
+from gsm.probe_buffers import Parameters, check_buffers
 from gsm.shown import compare
 from gsm.trial import sizes_for
 from gsm.wrapper import GradSampleModule
-from tests.compare import check
+from tests.compare import MODES, check
 
 
 def test_layouts_are_told_by_what_moves() -> None:
@@ -468,6 +468,31 @@ def test_looking_at_buffers_puts_the_same_tensors_back() -> None:
     assert model.seen is before
 
 
+class Counts(nn.Linear):
+    """Counts its calls in a frozen parameter: what it writes does not depend on the data."""
+
+    def __init__(self, replaces: bool) -> None:
+        super().__init__(4, 2)
+        self.calls, self.replaces = nn.Parameter(torch.zeros(()), requires_grad=False), replaces
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replaces:
+            self.calls = nn.Parameter(self.calls + 1, requires_grad=False)
+        else:
+            self.calls.data.add_(1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_looking_at_parameters_puts_them_back(replaces: bool) -> None:
+    model = Counts(replaces)
+    before, marks = model.calls, Parameters(model)
+    model(torch.randn(3, 4))
+    held = model.calls
+    check_buffers(model, lambda values: model(*values[0]), ((torch.randn(3, 4),), {}), marks.written())
+    assert model.calls is held and model.calls.item() == 1 and (held is before) != replaces
+
+
 class Dropping(nn.Module):
     """Dropout of some kind, and values divided by ``number`` or by the number of samples."""
 
@@ -676,3 +701,101 @@ def test_frozen_parameters_may_be_of_any_type(dtype):
     model(x).sum().backward()
     expected = 3 * x.sum(1).view(3, 1, 1).expand(3, 2, 4)  # a mean's share of 1/3 is undone
     torch.testing.assert_close(model.out.weight.grad_sample, expected)
+
+
+class Scaled(nn.Linear):
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__(3, 4)
+        scale = torch.randn(4, 4)
+        self.register_buffer("scale", scale.to_sparse() if sparse else scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)
+        return h @ self.scale if h.dim() > 2 or not self.scale.is_sparse else torch.sparse.mm(self.scale, h.t()).t()
+
+
+def test_another_kind_of_input_leaves_the_forward_before_its_buffers() -> None:
+    """They were put back by writing to them, and the backward of the forward before was refused."""
+    model = GradSampleModule(Scaled())
+    (model(torch.randn(4, 3)).sum() + model(torch.randn(4, 2, 3)).sum()).backward()
+    assert all(p.grad_sample.shape == (4, *p.shape) for p in model.parameters())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sparse_buffers(mode: str) -> None:
+    """A graph's adjacency, say: it has no storage to look at."""
+    check(Scaled(sparse=True), torch.randn(4, 3), mode=mode)
+
+
+class Segments(nn.Module):
+    """Positions of one segment after the other meet a parameter: there are as many as the probe has samples, once."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.inner, self.positions, self.length = nn.Linear(4, 4), nn.Linear(4, 4), length
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, T, 4]
+        out, table = [], torch.linspace(0, 1, 16).view(4, 4).to(x)
+        for n, segment in enumerate(self.inner(x).split(self.length, 1)):
+            r = self.positions(table[: self.length + n])
+            out.append(torch.einsum("bid,jd->bij", torch.tanh(segment * (n + 1)), r).sum(-1))
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("length", [2, 3])
+@pytest.mark.parametrize("mode", ["hooks", "auto"])
+def test_uses_that_a_shape_hid_are_not_compared_with_others(mode: str, length: int) -> None:
+    """As many positions as samples were tried looked like samples, and the next use like one that others influence."""
+    check(Segments(length), torch.randn(4, 2 * length, 4), mode=mode)
+
+
+class Gated(nn.Module):
+    """A noisy gate, as mixtures of experts write it, on rows that are not yet part of a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.noise = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 3, 6]
+        rows = x.reshape(-1, 6)
+        logits = rows @ self.gate
+        return (logits + torch.randn_like(logits) * F.softplus(rows @ self.noise)).view(len(x), -1, 4)
+
+
+class Sparsemax(nn.Module):
+    """Of parameters alone, by way of whole numbers that nobody tracks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.rand(3, 5))
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, 5]
+        z = self.logits.sort(-1, descending=True).values
+        held = (1 + torch.arange(1, 6) * z > z.cumsum(-1)).sum(-1, keepdim=True)
+        tau = (z.cumsum(-1).gather(-1, held - 1) - 1) / held
+        return x @ (self.logits - tau).clamp(min=0).t()
+
+
+@pytest.mark.parametrize(("model", "x"), [(Gated(), torch.randn(4, 3, 6)), (Sparsemax(), torch.randn(4, 5))],
+                         ids=["gate", "sparsemax"])  # fmt: skip
+def test_uses_behind_one_that_a_shape_misled_are_looked_at_again(model: nn.Module, x: Tensor) -> None:
+    """Not at the second look, where they are met for the first time, but once what lies in front of them is known."""
+    wrapped = GradSampleModule(model)
+    wrapped(x).sum().backward()
+    assert {entry.rung for entry in wrapped.plan} == {"tracked"}
+
+
+class CentredProducts(nn.Module):
+    """Mixes the samples in front of a use without a rule; one sample at a time would hide it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.centres = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.inner(x - x.mean(0), self.centres)
+
+
+def test_influence_is_not_forgotten_over_a_use_without_a_rule() -> None:
+    with pytest.raises(SamplesInfluenceEachOther, match="centres is used by inner"):
+        GradSampleModule(CentredProducts())(torch.randn(6, 4))

@@ -47,7 +47,7 @@ class Borrowing(nn.Module):
         self.scale, self.owner = nn.Parameter(torch.randn(D, D)), [owner]
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cdist(x[:, None], self.scale)[:, 0] * self.owner[0].weight
+        return torch.inner(x, self.scale) * self.owner[0].weight
 
 
 class Lender(nn.Module):

@@ -45,6 +45,27 @@ USES: dict[str, tuple[tuple[int, ...], Use]] = {
     "mm": ((D, 5), lambda x, p: torch.mm(x[:, 0], p)),
     "mm_flat": ((D, 5), lambda x, p: torch.mm(x.reshape(-1, D), p).view(x.shape[0], -1, 5)),
     "addmm": ((D, 5), lambda x, p: torch.addmm(torch.zeros(5).to(x), x[:, 0], p)),
+    "addmm_bias": ((D,), lambda x, p: torch.addmm(p, x[:, 0], p.diag())),
+    "addmm_bias_row": ((1, D), lambda x, p: torch.addmm(p, x[:, 0], p.t() @ p)),
+    "addmm_bias_one": ((1, 1), lambda x, p: torch.addmm(p, x[:, 0], p.expand(D, 5))),
+    "addmm_bias_of_samples": ((D, 5), lambda x, p: torch.addmm(x[:, 0, :1], x[:, 0], p)),
+    "tensordot": ((D, 5), lambda x, p: torch.tensordot(x, p, dims=([2], [0]))),
+    "tensordot_negative": ((5, D), lambda x, p: torch.tensordot(x, p, ([-1], [-1]))),
+    "tensordot_of_two": ((T, D, 2, 3), lambda x, p: torch.tensordot(x, p)),
+    "tensordot_crossed": ((D, 5, T), lambda x, p: torch.tensordot(x, p, ([1, 2], [2, 0]))),
+    "tensordot_parameter_first": ((5, D, 2), lambda x, p: torch.tensordot(p, x, ([1], [2])).movedim(2, 0)),
+    "tensordot_outer": ((5,), lambda x, p: torch.tensordot(x, p, dims=0)),
+    "tensordot_flat": ((D, 5), lambda x, p: torch.tensordot(x.reshape(-1, D), p, 1).view(x.shape[0], -1, 5)),
+    "cdist": ((7, D), lambda x, p: torch.cdist(x, p)),
+    "cdist_rows": ((30, D), lambda x, p: torch.cdist(x[:, 0], p)),
+    "cdist_parameter_first": ((7, D), lambda x, p: torch.cdist(p, x, p=1.0)),
+    "cdist_rows_parameter_first": ((7, D), lambda x, p: torch.cdist(p, x[:, 0]).t()),
+    "cdist_flat": ((7, D), lambda x, p: torch.cdist(x1=x.reshape(-1, D), x2=p).view(x.shape[0], -1)),
+    "cdist_of_parameters": ((7, D), lambda x, p: x.sum(-1) * torch.cdist(p, p.flip(0) + 1).sum()),
+    "cosine_similarity": ((7, D), lambda x, p: F.cosine_similarity(x[:, :, None], p[None, None], dim=3)),
+    "pairwise_distance": ((D,), lambda x, p: F.pairwise_distance(x, p)),
+    "vecdot": ((T, D), lambda x, p: torch.linalg.vecdot(x, p)),
+    "broadcast_tensors": ((D,), lambda x, p: torch.mul(*torch.broadcast_tensors(x, p))),
     "linear": ((5, D), lambda x, p: F.linear(x, p)),
     "linear_weight_norm": ((5, D), lambda x, p: F.linear(x, p / p.norm(dim=1, keepdim=True))),
     "linear_sequence_first": ((5, D), lambda x, p: F.linear(x.transpose(0, 1), p).transpose(0, 1)),
@@ -121,8 +142,8 @@ def test_a_rule(name: str, size: int, mode: str) -> None:
     "use",
     [
         lambda x, p: torch.cdist(x, p[None].expand(x.shape[0], -1, -1)),
-        lambda x, p: torch.tensordot(x, p, dims=([2], [0])),
-        lambda x, p: torch.cdist(x, p),
+        lambda x, p: torch.inner(x, p),
+        lambda x, p: torch.linalg.solve(p + 9 * torch.eye(D).to(x), x.mT).mT,
         lambda x, p: torch.einsum("...d,dk->...k", x, p),
         lambda x, p: p[:, _ids(x) % 4].sum(0)[..., None] * x,
         lambda x, p: torch.stack([row @ p for row in x]),
@@ -144,6 +165,7 @@ UNUSUAL: dict[str, tuple[tuple[int, ...], Use]] = {
     "assigned by a mask and a slice": ((2,), lambda x, p: _masked(x, p) * x),
     "masked_fill in place": ((), lambda x, p: _filled(x, p)),
     "input of a linear layer whose weight is a batch": ((5, D), lambda x, p: F.linear(p, x[:, 0]).t()),
+    "distances to a set of sets": ((7, D), lambda x, p: torch.cdist(x[:, 0], p[None])[0][:, None]),
     "bias made from the sample": ((D, D), lambda x, p: torch.stack([F.linear(r, p, r.mean(0)) for r in x])),
     "the largest of a bag": ((9, D), lambda x, p: F.embedding_bag(_ids(x), p, mode="max")[:, None] * x),
 }
@@ -180,6 +202,24 @@ def test_an_unusual_use_is_left_to_the_subtree(name: str, mode: str) -> None:
     shape, use = UNUSUAL[name]
     wrapped = check(One(shape, use), torch.randn(4, T, D), mode=mode)
     assert wrapped.plan.rung("p") in ("functorch", "loop")
+
+
+def test_a_contraction_of_the_samples_is_refused_or_left_to_the_subtree() -> None:
+    from gsm.wrapper import GradSampleModule
+
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each = nn.Parameter(torch.randn(9, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.tensordot(x, self.each[: len(x)], ([0], [0])).mean(-1)
+
+    with pytest.raises(ValueError, match="Samples influence each other"):
+        GradSampleModule(Summed())(torch.randn(4, D))
+    wrapped = GradSampleModule(Summed(), strict=False)
+    wrapped(torch.randn(4, D)).sum().backward()
+    assert wrapped.plan.rung("each") in ("functorch", "loop")
 
 
 def test_experts_without_offsets_are_left_to_the_subtree() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from gsm.ledger import collect, discard, tape_of
 from gsm.loader import DPDataLoader
 from gsm.wrapper import GradSampleModule
+from tests.compare import MODES, captured
+from tests.loop import assert_close_per_sample
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
@@ -154,3 +157,82 @@ def test_two_looks_at_one_batch_stay_one_batch_if_something_is_forgotten_in_betw
     discard(params)
     (first - model(x.flip(1))).square().sum().backward()
     assert [b.batch_size for b in collect(params)] == [4]
+
+
+def adversarial(model: nn.Module, x: Tensor) -> Tensor:
+    """One step of projected gradient ascent on the input, then the loss there."""
+    delta = torch.zeros_like(x, requires_grad=True)
+    (g,) = torch.autograd.grad(model(x + delta).square().mean(1).mean(), delta)
+    return model(x + 0.1 * g.sign()).square().mean(1).mean()
+
+
+def adversarial_backward(model: nn.Module, x: Tensor) -> Tensor:
+    delta = torch.zeros_like(x, requires_grad=True)
+    model(x + delta).square().mean(1).mean().backward(inputs=[delta])
+    return model(x + 0.1 * delta.grad.sign()).square().mean(1).mean()
+
+
+def saliency(model: nn.Module, x: Tensor) -> Tensor:
+    """The same forward's graph, twice."""
+    x = x.clone().requires_grad_()
+    out = model(x)
+    (g,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
+    return (out.square().mean(1) * g.norm(dim=1)).mean()
+
+
+def implicit(model: nn.Module, x: Tensor) -> Tensor:
+    """A fixed point whose backward solves a linear system by products with the layer's Jacobian (deep equilibrium)."""
+    with torch.no_grad():
+        z = torch.zeros_like(x)
+        for _ in range(40):
+            z = model(z) * 0.3 + x
+    z = model(z) * 0.3 + x
+    z0 = z.detach().requires_grad_()
+    f0 = model(z0) * 0.3 + x
+
+    def solve(g: Tensor) -> Tensor:
+        y = g
+        for _ in range(40):
+            y = torch.autograd.grad(f0, z0, y, retain_graph=True)[0] + g
+        return y
+
+    z.register_hook(solve)
+    return z.square().mean(1).mean()
+
+
+INPUTS_ALONE = [adversarial, adversarial_backward, saliency, implicit]
+
+
+@pytest.mark.parametrize("loss", INPUTS_ALONE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_backward_for_inputs_alone_leaves_nothing(mode: str, loss: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    """What it brought to the layers was taken for a share of the loss's gradient, without a word."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)).double(), torch.randn(4, 3).double()
+    params = dict(plain.named_parameters())
+    rows = [torch.autograd.grad(loss(plain, row[None]), list(params.values())) for row in x]
+    expected = {n: torch.stack([r[k] for r in rows]) for k, n in enumerate(params)}
+    model = GradSampleModule(plain, mode=mode)
+    for _ in range(2):
+        loss(model, x).backward()
+        assert_close_per_sample(captured(plain), expected, 1e-8)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+def test_a_loss_may_hold_derivatives_of_the_output_where_the_message_says_so(mode: str) -> None:
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double(), torch.randn(4, 3).double()
+
+    def penalised(model: nn.Module, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        out = model(x)
+        (g,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        return (out.squeeze(1) + (g.norm(dim=1) - 1).square()).mean()
+
+    params = dict(plain.named_parameters())
+    rows = [torch.autograd.grad(penalised(plain, r[None]), list(params.values()), allow_unused=True) for r in x]
+    zero = {n: torch.zeros_like(p) for n, p in params.items()}
+    expected = {n: torch.stack([zero[n] if r[k] is None else r[k] for r in rows]) for k, n in enumerate(params)}
+    penalised(GradSampleModule(plain, mode=mode), x).backward()
+    assert_close_per_sample(captured(plain), expected, 1e-8)

@@ -58,7 +58,7 @@ USES: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
     "of the parameter alone": lambda layer, x: x @ StraightThrough.apply(layer.weight),
     "vmap": lambda layer, x: torch.vmap(layer)(x),
     "vmap of a function": lambda layer, x: torch.vmap(lambda row: row @ layer.weight)(x),
-    "no rule, outside of its module": lambda layer, x: torch.cdist(x, layer.weight),
+    "no rule, outside of its module": lambda layer, x: torch.inner(x, layer.weight),
 }
 
 

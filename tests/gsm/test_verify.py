@@ -376,3 +376,18 @@ class MixedBackward(nn.Module):
 def test_a_backward_that_mixes_samples_is_found():
     report = verify(MixedBackward(), torch.randn(4, 3))
     assert not report.ok and "first.weight" in str(report)
+
+
+class Tempered(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.temperature = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / self.temperature
+
+
+def test_a_parameter_that_is_one_number_is_compared() -> None:
+    """A learned temperature: its per-sample gradients are `[batch]`, which ended in an IndexError."""
+    report = verify(Tempered(), torch.randn(4, 3))
+    assert report.ok and "temperature" in {check.parameter for check in report.checks}, report
