@@ -20,7 +20,8 @@ unsampled          all three               Gaussian with q = 1: a record may tak
 *Shuffled and cyclic*: for a fixed order the steps a record takes part in are fixed and the others do not depend on it;
 a random order chosen without looking at the data is a mixture of such mechanisms, and the hockey-stick divergence is
 jointly convex. A pass that is left early counts by its steps, so the next one must go on where it stopped: begun anew,
-it has records that were in both. No amplification by shuffling is claimed; Poisson accounting of shuffled batches can
+it has records that were in both, and what the first one lacks has to be charged, as the engine does
+(:mod:`gsm.passes`). No amplification by shuffling is claimed; Poisson accounting of shuffled batches can
 be far below the truth (Chua et al. 2024, "How private are DP-SGD implementations?"), so it is not offered under that
 name.
 

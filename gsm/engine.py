@@ -27,6 +27,7 @@ from gsm.generators import Used
 from gsm.journal import Journal
 from gsm.loader import DPDataLoader
 from gsm.noise import GaussianNoise
+from gsm.passes import passes_of, unwatched
 from gsm.physical_batches import PhysicalBatchLoader
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
@@ -126,6 +127,7 @@ class PrivacyEngine:
         """
         if noise_generator is not None and self.secure_mode:
             raise ValueError("Passing seed is prohibited in secure mode: noise_generator must be None")
+        data_loader = unwatched(data_loader)
         preparation.check_parameters(module, optimizer)
         preparation.check_assumption(self.accountant, poisson_sampling, data_loader)
         distributed = preparation.is_distributed(module)
@@ -134,6 +136,7 @@ class PrivacyEngine:
             poisson_sampling=poisson_sampling,
             distributed=distributed,
             secure_mode=self.secure_mode,
+            accountant=self.accountant,
             batch_first=batch_first,
             rand_on_empty=rand_on_empty,
         )
@@ -230,6 +233,7 @@ class PrivacyEngine:
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
             optimizer.of_engine = True
             optimizer.independent_batches = poisson_sampling
+            optimizer.sampler = passes_of(loader)
             if isinstance(optimizer.noise, GaussianNoise):
                 optimizer.noise.used = self._used
             optimizer.journal = self.journal

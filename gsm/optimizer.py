@@ -32,6 +32,7 @@ from gsm.optimizer_checks import (
     checked_rate,
 )
 from gsm.optimizer_interface import OptimizerInterface
+from gsm.passes import Passes
 from gsm.release import PendingRelease
 from gsm.secure_noise import SecureNoise
 
@@ -275,9 +276,11 @@ class DPOptimizer(OptimizerInterface):
         if self.accountant is None:
             return
         rate = min(1.0, checked_rate(self.accountant, self.sample_rate) * self._pending.samples)
-        if self.journal is not None:
-            self.journal.record(noise_multiplier=self.noise_multiplier, sample_rate=rate)
-        self.accountant.step(noise_multiplier=self.noise_multiplier, sample_rate=rate)
+        before = self.sampler.lacking(self.accountant.history) if isinstance(self.sampler, Passes) else None
+        for noise_multiplier, sample_rate in ([before] if before else []) + [(self.noise_multiplier, rate)]:
+            if self.journal is not None:
+                self.journal.record(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
+            self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
 
     @torch.no_grad()
     def add_noise(self) -> None:

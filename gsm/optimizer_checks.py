@@ -42,8 +42,8 @@ SCALED = (
 UNDRAWN = (
     "There were more releases than batches drawn by the loader that make_private returned for this optimizer: a batch "
     "was used twice, or came from somewhere else (the original loader?). The accountant charges every release as a "
-    "fresh Poisson sample of that loader, so its epsilon does not hold for this loop. Take one step() per batch of the "
-    "returned loader, or pass poisson_sampling=False."
+    "batch that this loader drew for it, so its epsilon does not hold for this loop. Take one step() per batch of the "
+    "returned loader."
 )
 MORE_ROWS = (
     "The model was called on {rows} rows, but the loader had drawn {records} records: every row is clipped on its own, "

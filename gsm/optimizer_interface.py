@@ -20,6 +20,8 @@ from gsm.release import PendingRelease
 
 
 class Accountant(Protocol):
+    history: Any
+
     def step(self, *, noise_multiplier: float, sample_rate: float) -> None: ...
 
 

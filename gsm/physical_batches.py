@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSampler, UniformWithReplacementSampler
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from gsm import drawn
 from gsm.loader import loader_options
@@ -99,9 +99,7 @@ class PhysicalBatchLoader(DataLoader):
         count = len(batches)
         if isinstance(batches, UniformWithReplacementSampler | DistributedUniformWithReplacementSampler):
             size = batches.sample_rate * batches.num_samples
-        elif isinstance(batches, BatchSampler):
-            size = batches.batch_size
-        else:
+        elif (size := getattr(batches, "batch_size", None)) is None:
             return count
         return max(count, math.ceil(count * size / self.max_physical_batch_size))
 

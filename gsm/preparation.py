@@ -25,6 +25,7 @@ from gsm.clipping import Clipping
 from gsm.loader import POISSON_SAMPLERS, DPDataLoader, batches_per_epoch, with_secure_shuffle
 from gsm.optimizer import CLIPPING, DPOptimizer
 from gsm.optimizer_checks import UNDRAWN
+from gsm.passes import BY_PASSES, passes_of, watched
 from gsm.wrapper import MODES, GradSampleModule
 
 # `isinstance(ours, opacus.accountants.IAccountant)` holds: the interface is the same.
@@ -174,10 +175,12 @@ def private_loader(
     poisson_sampling: bool,
     distributed: bool,
     secure_mode: bool,
+    accountant: Any = None,
     batch_first: bool = True,
     rand_on_empty: bool = False,
 ) -> Any:
-    """A Poisson loader, or with ``poisson_sampling=False`` the loader as it is (shuffling securely in secure mode)."""
+    """A Poisson loader, or with ``poisson_sampling=False`` the loader as it is (shuffling securely in secure mode, and
+    with its passes watched if the accountant counts these)."""
     if poisson_sampling:
         return DPDataLoader.from_data_loader(
             loader,
@@ -188,7 +191,8 @@ def private_loader(
         )
     if not hasattr(loader, "dataset"):
         raise TypeError(f"the loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}")
-    return with_secure_shuffle(loader) if secure_mode else loader
+    loader = with_secure_shuffle(loader) if secure_mode else loader
+    return watched(loader) if getattr(accountant, "sampling", None) in BY_PASSES else loader
 
 
 def check_assumption(accountant: Any, poisson_sampling: bool, loader: Any) -> None:
@@ -261,7 +265,8 @@ def make_accountant(accountant: Any) -> Any:
 
 def charging(accountant: Any, loader: Any, sample_rate: float) -> Callable[[Any], None]:
     """A step hook that charges ``accountant``, and says where more was released than ``loader`` has drawn."""
-    charge, sampler = accountant.get_optimizer_hook_fn(sample_rate=sample_rate), getattr(loader, "batch_sampler", None)
+    charge, passes = accountant.get_optimizer_hook_fn(sample_rate=sample_rate), passes_of(loader)
+    sampler = passes or getattr(loader, "batch_sampler", None)
     releases = 0
 
     def hook(optimizer: Any) -> None:
@@ -269,6 +274,9 @@ def charging(accountant: Any, loader: Any, sample_rate: float) -> Callable[[Any]
         releases += 1
         if releases > getattr(sampler, "drawn", releases):
             warnings.warn(UNDRAWN, stacklevel=2)
+        before = None if passes is None else passes.lacking(accountant.history)
+        if before:
+            accountant.step(noise_multiplier=before[0], sample_rate=before[1])
         charge(optimizer)
 
     return hook
