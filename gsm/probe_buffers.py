@@ -3,11 +3,13 @@
 A buffer that follows the data (a running mean, a codebook, a cache) is part of the state dict and leaves the training
 without noise; so does a parameter that the forward writes to, frozen or not (a codebook, scales set from the first
 batch). What changes in the same way whatever the data are (counters, the power iteration of spectral normalisation) is
-fine. What is written only once, without a buffer that says so, is over before this looks.
+fine. What is written only once, without a buffer that says so, is over before this looks; what is written for the first
+time later is said when it happens.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +43,45 @@ class Parameters:
         """Those that changed."""
         now = [_mark(held[name]) for *_, held, name in self._owners]
         return [o for o, before, after in zip(self._owners, self._marks, now, strict=True) if before != after]
+
+
+LATE = (
+    "The forward wrote to {name} for the first time now, and not when the model was looked at before its first batch. "
+    "If what it writes depends on the data, that leaves the training without noise (it is in the state dict), and no "
+    "epsilon covers it: switch it off, or do it with public data before training."
+)
+
+
+class Written:
+    """What is in the state dict and no optimizer moves, to see when a forward writes to it: buffers, frozen parameters.
+
+    Those that the first forward of a kind wrote to were looked at by :func:`check_buffers`; of others it is said.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._places: list[tuple[str, dict, str]] = []
+        for path, m in model.named_modules():
+            kept = [n for n in m._buffers if n not in m._non_persistent_buffers_set]
+            self._places += [(f"{path}.{n}" if path else n, m._buffers, n) for n in kept]
+            frozen = [n for n, p in m._parameters.items() if p is not None and not p.requires_grad]
+            self._places += [(f"{path}.{n}" if path else n, m._parameters, n) for n in frozen]
+        self._known: set[str] = set()
+
+    def marks(self) -> list[tuple[int, int]]:
+        """To be taken before a forward."""
+        held = [place.get(name) for _, place, name in self._places]
+        return [(0, 0) if t is None else (id(t), _version(t)) for t in held]
+
+    def compare(self, marks: list[tuple[int, int]], looked_at: bool) -> None:
+        """Warns of what changed since then, unless it changed before or was looked at this time."""
+        now = self.marks()
+        if now == marks:
+            return
+        for (path, _, _), before, after in zip(self._places, marks, now, strict=True):
+            if before != after and path not in self._known:
+                self._known.add(path)
+                if not looked_at:
+                    warnings.warn(LATE.format(name=path), stacklevel=6)
 
 
 class DataInBuffers(ValueError):
@@ -106,9 +147,13 @@ def _mark(p: Tensor) -> tuple[int, int, float]:
     """Changes with the values, however they are written: what goes through ``p.data`` leaves no version behind (of
     packed integers and other types that have no norm, nothing else is looked at)."""
     if p.dtype not in FLOATS:
-        return p.data_ptr(), p._version, 0.0
+        return p.data_ptr(), _version(p), 0.0
     total = torch.linalg.vector_norm(p.detach(), dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
-    return p.data_ptr(), p._version, total.nan_to_num().item()
+    return p.data_ptr(), _version(p), total.nan_to_num().item()
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _other(x: Any) -> Any:

@@ -22,7 +22,7 @@ from gsm.layers import run_sampler
 from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
 from gsm.probe import probe
-from gsm.probe_buffers import Parameters, check_buffers
+from gsm.probe_buffers import Parameters, Written, check_buffers
 from gsm.reentrant import cut_off
 from gsm.structures import tensors_in
 from gsm.subtree import VmapFails, run_subtree
@@ -54,6 +54,7 @@ class CapturePlan:
         self.seen = _state(self.everything)
         self.tree = [(m, list(m._modules.values()), dict(m._parameters)) for m in self.root.modules()]
         self.trainable = [p for p in self.everything if p.requires_grad]
+        self.written = Written(self.root)
         self.tape.params = self.trainable
         self.tape.names = {id(p): n for n, p in self.root.named_parameters(remove_duplicate=True)}
         covered: set[str] = set()
@@ -145,7 +146,10 @@ class CapturePlan:
         while True:
             try:
                 new = self._know(args, kwargs, size)
+                marks = self.written.marks() if self.strict else []
                 out = self.capture.run_pass(self.capture.forwards[""], args, kwargs, size)
+                if self.strict:
+                    self.written.compare(marks, looked_at=new)
                 if new:
                     self.capture.check_all_seen(tensors_in(out))
                 return out

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -219,3 +220,41 @@ def test_evaluation_mode_during_training_changes_nothing_about_the_release():
         step(model, optimizer, X, Y)
         sums.append(watch.sums[0])
     assert torch.equal(*sums)
+
+
+class Late(nn.Module):
+    """Keeps the largest value it has seen, but only from its third forward on (``what``: where, or what it counts)."""
+
+    def __init__(self, what: str):
+        super().__init__()
+        self.l, self.what, self.forwards = nn.Linear(4, 2), what, 0
+        self.register_buffer("seen", torch.zeros(()), persistent=what != "cache")
+        self.frozen = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.forwards += self.training
+        if self.forwards > 20:  # the model is looked at a few times before its first batch
+            if self.what == "replaced":
+                self.seen = torch.maximum(self.seen, x.detach().abs().max())
+            elif self.what == "frozen":
+                with torch.no_grad():
+                    self.frozen.copy_(x.abs().max())
+            else:
+                self.seen.copy_(x.detach().abs().max())
+        return self.l(x)
+
+
+LATE = {"buffer": "seen", "replaced": "seen", "frozen": "frozen", "cache": None}
+
+
+@pytest.mark.parametrize("what, name", LATE.items(), ids=LATE)
+def test_what_is_written_to_only_later_is_said_once(what, name):
+    """Guard: ``Written``; what leaves with the state dict and was not looked at before the first batch."""
+    model = GradSampleModule(Late(what))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(30):
+            model(torch.randn(3, 4)).sum().backward()
+            model.zero_grad()
+    said = [str(w.message) for w in caught if "for the first time now" in str(w.message)]
+    assert len(said) == (name is not None) and all(f"wrote to {name}" in text for text in said)
