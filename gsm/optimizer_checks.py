@@ -28,9 +28,10 @@ ACCUMULATED = (
     "after each of them but the last."
 )
 OVERLAPPING = (
-    "virtual_step() joined batches that the loader drew independently (Poisson sampling), so one record can be in "
-    "several of them: their clipping bounds add up and the noise is scaled by the total. For a large logical batch in "
-    "small pieces, pass max_physical_batch_size= to make_private() and call step() for every piece."
+    "virtual_step() or signal_skip_step() joined batches that the loader drew independently (Poisson sampling, or "
+    "another pass over the data), so one record can be in several of them: their clipping bounds add up and the noise "
+    "is scaled by the total. For a large logical batch in small pieces, pass max_physical_batch_size= to "
+    "make_private() and call step() for every piece; call discard_pending() before another pass begins."
 )
 
 

@@ -73,6 +73,10 @@ class OptimizerInterface(OpacusDPOptimizer):
             self._unused_draws = 0
             self._warn_once(UNDRAWN)
 
+    def begin_sample(self) -> None:
+        """A batch was drawn by itself: records of an earlier one can be in it, whatever was said to join the two."""
+        self._pending.joins = False
+
     def only_looked_at(self) -> None:
         """A batch that was drawn is for no release: it was asked for where no gradient is computed."""
         self._unused_draws -= 1

@@ -30,11 +30,17 @@ class PendingRelease:
         self.joins = False
         self._earlier = 0.0
         self._current = 0.0
+        self._pass = 0
         self._groups: frozenset[Hashable] = frozenset()
 
     @property
     def sensitivity(self) -> float:
         return self._earlier + self._current
+
+    def enter(self, number: int) -> None:
+        """What comes next is of this pass over the data. Every record is in every pass: another begins a sample."""
+        self.joins = self.joins and number == self._pass
+        self._pass = number
 
     def check(self, clipped: Clipped) -> None:
         """Raises ValueError if a user of this batch was in an earlier physical batch of the same sample."""

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler, Subset, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from accountants import PLDAccountant, PRVAccountant
@@ -12,7 +12,7 @@ from gsm import PrivacyEngine, make_private
 from gsm.loader import DPDataLoader
 from gsm.passes import unwatched
 from gsm.sampling import PoissonSampler, Words, inclusion_threshold
-from tests.attacks.tools import CE, RECORDS, data, mlp, step, training
+from tests.attacks.tools import CE, RECORDS, Watch, data, mlp, step, training
 
 X, Y = data(8).tensors
 
@@ -177,6 +177,65 @@ def test_independent_samples_joined_by_virtual_step_are_charged_at_their_joint_r
             CE(model(x), y).backward()
             optimizer.step() if last else optimizer.virtual_step()
     assert optimizer.noise.stds == [2.0] and optimizer.accountant.history == [(1.0, 0.4, 1)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_whole_batches_are_not_made_parts_by_a_signal(ahead):
+    """Guard: ``begin_sample``; signal_skip_step is for parts of one batch, and the loader knows what it drew at once."""
+    model, optimizer, loader = training()
+
+    def batches():
+        waiting = []
+        for batch in loader:
+            waiting.append(batch)
+            if len(waiting) > ahead:
+                yield waiting.pop(0)
+        yield from waiting
+
+    with pytest.warns(UserWarning, match="drew independently"):
+        for done, (x, y) in enumerate(batches(), 1):
+            optimizer.zero_grad()
+            optimizer.signal_skip_step(done < 5)
+            CE(model(x), y).backward()
+            optimizer.step()
+    assert optimizer.noise.stds == [5.0] and optimizer.accountant.history == [(1.0, 1.0, 1)]
+
+
+def parts(x, y):
+    return ((x[: len(x) // 2], y[: len(x) // 2], True), (x[len(x) // 2 :], y[len(x) // 2 :], False))
+
+
+def test_parts_cut_by_hand_are_parts(recwarn):
+    """No false alarm: every batch is cut in two in the loop."""
+    model, optimizer, loader = training()
+    for batch in loader:
+        for x, y, more in parts(*batch):
+            optimizer.signal_skip_step(more)
+            step(model, optimizer, x, y)
+    assert optimizer.noise.stds == [1.0] * 5 and optimizer.accountant.history == [(1.0, 0.2, 5)]
+    assert not [w for w in recwarn if "drew independently" in str(w.message)]
+
+
+@pytest.mark.parametrize("sampling", ["unsampled", "fixed_size", "poisson"])
+def test_batches_of_ones_own_that_may_overlap_add_up(sampling):
+    """Guard: ``draws_afresh``; where a record may be in any two batches, virtual_step does not join them."""
+
+    class Afresh(Sampler):
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            return (torch.randperm(40)[:8].tolist() for _ in range(5))
+
+    batches = PoissonSampler(num_samples=40, sample_rate=0.2) if sampling == "poisson" else Afresh()
+    accountant = PLDAccountant(sampling=sampling, relation="replace_one")
+    model, optimizer, loader = private_with(DataLoader(data(), batch_sampler=batches), accountant)
+    optimizer.noise = Watch()
+    with pytest.warns(UserWarning, match="drew independently"):
+        for done, (x, y) in enumerate(loader, 1):
+            CE(model(x), y).backward()
+            optimizer.step() if done == 5 else optimizer.virtual_step()
+    assert optimizer.noise.stds == [5.0] and accountant.history == [(1.0, 1.0, 1)]
 
 
 def test_secure_mode_takes_no_seed():
