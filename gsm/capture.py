@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,6 @@ from gsm.layout import Unresolvable
 from gsm.structures import tensors_in
 from gsm.tape import Tape
 from gsm.tracked import Tracked
-
-if TYPE_CHECKING:
-    pass
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # since PyTorch 2.7
 Runner = Callable[["Capture", "CapturedForward", tuple[Any, ...], dict[str, Any]], Any]

@@ -145,7 +145,16 @@ class Pulled:
 
     def weighted(self, weights: Tensor, rows: Tensor | None) -> Tensor:
         total = self.inner.weighted(weights, rows)
+        part = self.isometric and self.value.numel() < self.leaf.numel() and not self.value.is_complex()
+        if part and self.is_view() and self.leaf.is_contiguous():  # a piece, to be put where it belongs
+            out, at = total.new_zeros(self.leaf.shape), self.value.storage_offset() - self.leaf.storage_offset()
+            out.as_strided(self.value.shape, self.value.stride(), at).copy_(total)
+            return out
         return self._pull(total.to(self.value.dtype), batched=False).to(total.dtype)
+
+    def is_view(self) -> bool:
+        """Whether the value lies in the parameter's own memory."""
+        return self.value.untyped_storage().data_ptr() == self.leaf.untyped_storage().data_ptr()
 
     def _pull(self, grad: Tensor, *, batched: bool) -> Tensor:
         (out,) = torch.autograd.grad(

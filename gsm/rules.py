@@ -68,7 +68,7 @@ def _stacked_matmul(active: Pass, func: Callable[..., Any], left: Any, right: An
     assert where is not None
     dim, layout, count = where
     if dim == -2 and isinstance(right, Tracked) and left.dim() == right.dim() == 3 and len(left) == len(right):
-        return torch.stack([rows_of(active, x, moved(right, _piece_t, i)) for i, x in enumerate(left.unbind(0))])
+        return torch.stack([rows_of(active, x, _piece_t(right, i)) for i, x in enumerate(left.unbind(0))])
     if dim >= -2:
         raise unresolvable(tracked, func.__name__, " that contracts or mixes the batch")
     pair = [
@@ -77,8 +77,9 @@ def _stacked_matmul(active: Pass, func: Callable[..., Any], left: Any, right: An
     return torch.matmul(*pair)
 
 
-def _piece_t(stack: Tensor, i: int) -> Tensor:
-    return stack[i].t()
+def _piece_t(stack: Tracked, i: int) -> Tracked:
+    """Two moves, by which it is known that the pieces lie apart: their norms add up, and no stack of them is made."""
+    return moved(moved(stack, torch.select, 0, i), torch.t)
 
 
 def grouped_mm(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
@@ -89,7 +90,7 @@ def grouped_mm(active: Pass, func: Callable[..., Any], args: Args, kwargs: Kwarg
         raise unresolvable(tracked, func.__name__, " in an unusual form")
     ends = offs.tolist()
     pieces = [
-        rows_of(active, x[start:end], moved(weight, _piece_t, i))
+        rows_of(active, x[start:end], _piece_t(weight, i))
         for i, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
     ]
     if ends[-1] < x.shape[0]:

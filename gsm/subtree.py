@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,17 @@ class VmapFails(Unresolvable):
 
 class NotPerSample(Unresolvable):
     """The subtree's inputs or outputs do not hold one entry per sample: the subtree above has to be taken."""
+
+
+class Call(NamedTuple):
+    """One call of a subtree: what it is called with, flattened, and where each of that has its batch of ``size``."""
+
+    module: nn.Module
+    path: str
+    size: int
+    leaves: list[Any]
+    layouts: list[Layout | None]
+    spec: Any
 
 
 def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
@@ -66,12 +77,12 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
         with _inside(capture, forward, path):
             if active.batch_size == 0:
                 return _empty(active, module, tracked, args, kwargs)
+            call = Call(module, path, active.batch_size, leaves, layouts, spec)
             if not loop and active.log is not None:
-                _check_vmap(module, tracked, leaves, layouts, spec, active.batch_size, path)
+                _check_vmap(call, tracked)
             copies = {n: expanded(active, t) for n, t in tracked.items()}
-            each = _looped if loop else _mapped
             try:
-                outputs, rebuild = each(module, copies, leaves, layouts, spec, active.batch_size, path)
+                outputs, rebuild = (_looped if loop else _mapped)(call, copies)
             except Exception as error:
                 if active.log is None or isinstance(error, Unresolvable):
                     raise
@@ -108,20 +119,18 @@ def _layout(active: Pass, path: str, i: int, x: Any) -> Layout | Rows | None:
 Outputs = tuple[Sequence[Tensor], Callable[[list[Any]], Any]]
 
 
-def _call(
-    module: nn.Module, params: dict[str, Tensor], leaves: list[Any], spec: Any, box: dict[str, Any]
-) -> list[Tensor]:
+def _one(call: Call, params: dict[str, Tensor], leaves: list[Any], box: dict[str, Any]) -> list[Tensor]:
     """The subtree on one sample; its output's tensors, the rest of the structure left in ``box``."""
-    args, kwargs = tree_unflatten(leaves, spec)
-    out, box["spec"] = tree_flatten(make_known(functional_call(module, params, args, kwargs, tie_weights=True)))
+    args, kwargs = tree_unflatten(leaves, call.spec)
+    out, box["spec"] = tree_flatten(make_known(functional_call(call.module, params, args, kwargs, tie_weights=True)))
     for leaf in out:
         if not isinstance(leaf, (Tensor, bool, str, type(None), torch.dtype, torch.device)):
             what = f"the number {leaf}" if isinstance(leaf, (int, float)) else f"a {type(leaf).__name__}"
             raise NotPerSample(
-                f"{type(module).__name__} returns {what}, and runs one sample at a time: that of the batch is not "
+                f"{type(call.module).__name__} returns {what}, and runs one sample at a time: that of the batch is not "
                 "known. Return tensors with a batch dimension (in tuples, lists, dicts or dataclasses), and make the "
                 "rest of them outside of the model.",
-                subtree=box["path"],
+                subtree=call.path,
             )
     box["leaves"] = out
     return [x for x in out if isinstance(x, Tensor)]
@@ -135,55 +144,39 @@ def _rebuild(box: dict[str, Any]) -> Callable[[list[Any]], Any]:
     return rebuild
 
 
-def _sample_first(leaves: list[Any], layouts: list[Layout | None], size: int) -> list[Any]:
+def _sample_first(call: Call) -> list[Any]:
     """Every batched leaf as `[B, ...]`, where the rest is the sample as a batch of one (or its rows)."""
     out = []
-    for x, layout in zip(leaves, layouts, strict=True):
+    for x, layout in zip(call.leaves, call.layouts, strict=True):
         if layout is None:
             out.append(x)
         else:
-            front = layout.to_front(x, size)
+            front = layout.to_front(x, call.size)
             out.append(front if layout.flat else front.unsqueeze(1 + layout.dim))
     return out
 
 
-def _mapped(
-    module: nn.Module,
-    copies: dict[str, Tensor],
-    leaves: list[Any],
-    layouts: list[Layout | None],
-    spec: Any,
-    size: int,
-    path: str,
-) -> Outputs:
-    box: dict[str, Any] = {"path": path}
-    rows = _sample_first(leaves, layouts, size)
-    batched = [x for x, lay in zip(rows, layouts, strict=True) if lay is not None]
+def _mapped(call: Call, copies: dict[str, Tensor]) -> Outputs:
+    box: dict[str, Any] = {}
+    rows = _sample_first(call)
+    batched = [x for x, lay in zip(rows, call.layouts, strict=True) if lay is not None]
 
     def one(params: dict[str, Tensor], samples: list[Tensor]) -> list[Tensor]:
         rest = iter(samples)
-        full = [next(rest) if lay is not None else x for x, lay in zip(rows, layouts, strict=True)]
-        return _call(module, params, full, spec, box)
+        full = [next(rest) if lay is not None else x for x, lay in zip(rows, call.layouts, strict=True)]
+        return _one(call, params, full, box)
 
     with RepairedForVmap():
         return vmap(one, randomness="different")(copies, batched), _rebuild(box)
 
 
-def _looped(
-    module: nn.Module,
-    copies: dict[str, Tensor],
-    leaves: list[Any],
-    layouts: list[Layout | None],
-    spec: Any,
-    size: int,
-    path: str,
-) -> Outputs:
-    box: dict[str, Any] = {"path": path}
-    rows = _sample_first(leaves, layouts, size)
+def _looped(call: Call, copies: dict[str, Tensor]) -> Outputs:
+    box: dict[str, Any] = {}
+    rows = _sample_first(call)
     results = []
-    for i in range(size):
-        sample = [x if lay is None else x[i] for x, lay in zip(rows, layouts, strict=True)]
-        results.append(_call(module, {n: c[i] for n, c in copies.items()}, sample, spec, box))
+    for i in range(call.size):
+        sample = [x if lay is None else x[i] for x, lay in zip(rows, call.layouts, strict=True)]
+        results.append(_one(call, {n: c[i] for n, c in copies.items()}, sample, box))
     return [torch.stack(parts) for parts in zip(*results, strict=True)], _rebuild(box)
 
 
@@ -201,23 +194,16 @@ class RepairedForVmap(TorchFunctionMode):
         return torch.where((ids == padding).unsqueeze(-1), out.detach(), out)
 
 
-def _check_vmap(
-    module: nn.Module,
-    tracked: dict[str, Tracked],
-    leaves: list[Any],
-    layouts: list[Layout | None],
-    spec: Any,
-    size: int,
-    path: str,
-) -> None:
+def _check_vmap(call: Call, tracked: dict[str, Tracked]) -> None:
     """Before the first batch: `vmap` is trusted with this subtree if outputs and gradients are the loop's."""
     results = []
-    leaves = [x.detach() if isinstance(x, Tensor) else x for x in leaves]
+    call = call._replace(leaves=[x.detach() if isinstance(x, Tensor) else x for x in call.leaves])
+    path, size = call.path or "the model", call.size
     for each in (_mapped, _looped):
         copies = {n: t.gsm_value.detach().expand(size, *t.shape).clone().requires_grad_() for n, t in tracked.items()}
         try:
             with Settled(0.3, 0.3):  # the same random numbers for all samples at once as for one after the other
-                outputs, _ = each(module, copies, leaves, layouts, spec, size, path)
+                outputs, _ = each(call, copies)
                 floating = [o for o in outputs if o.requires_grad]
                 total = sum(
                     (
@@ -231,13 +217,11 @@ def _check_vmap(
             raise
         except Exception as error:
             if each is _mapped:
-                raise VmapFails(
-                    f"{path or 'the model'}: vmap fails ({str(error).splitlines()[0]})", subtree=path
-                ) from error
+                raise VmapFails(f"{path}: vmap fails ({str(error).splitlines()[0]})", subtree=call.path) from error
             raise
         results.append([*floating, *[g for g in grads if g is not None]])
     if len(results[0]) != len(results[1]) or not all(map(_close, *results)):
-        raise VmapFails(f"{path or 'the model'}: vmap and the loop give different gradients", subtree=path)
+        raise VmapFails(f"{path}: vmap and the loop give different gradients", subtree=call.path)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

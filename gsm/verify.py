@@ -78,7 +78,7 @@ def verify(
             plain = plain.float()
             batch = batch.map(lambda x: x.float() if x.dtype in HALF else x)
             report.notes.append("half precision was checked in float32")
-        _verify(report, plain, batch, loss, settings, reduction=settings["loss_reduction"] if wrapped else None)
+        _verify(report, plain, batch, loss, settings, settings["loss_reduction"] if wrapped else None)
     return report
 
 
@@ -104,22 +104,16 @@ def _deterministic_copy(model: Any, report: VerificationReport) -> nn.Module:
     return plain
 
 
-def _verify(
-    report: VerificationReport,
-    plain: nn.Module,
-    batch: Inputs,
-    user: Any,
-    settings: dict[str, Any],
-    reduction: str | None,
-) -> None:
+def _verify(report: VerificationReport, plain: nn.Module, batch: Inputs, *how: Any) -> None:
+    """:func:`_verify_settled`, with random numbers held still if the forward draws any."""
     drawn = RandomNumbers(_devices(plain), own_generators(plain))
     batch(plain)
     if not drawn.drawn() and _repeats(plain, batch):
-        return _verify_settled(report, plain, batch, user, settings, reduction)
+        return _verify_settled(report, plain, batch, *how)
     with settled(0), Settled(DRAWN, DRAWN):
         if _repeats(plain, batch):
             report.notes.append("the model's random numbers were one and the same for every sample")
-            return _verify_settled(report, plain, batch, user, settings, reduction)
+            return _verify_settled(report, plain, batch, *how)
     report.problems.append(
         "The forward draws random numbers, from a generator that cannot be held still, so a sample alone and the same "
         "sample in the batch cannot be compared: switch that off for the check (a layer in eval mode, a fixed noise)."

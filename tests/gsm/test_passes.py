@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from types import SimpleNamespace
 
@@ -230,3 +232,5 @@ def test_it_is_the_order_it_watches():
     assert list(order) == [[1, 2], [3]] and len(order) == 2 and order.drawn == 2
     with pytest.raises(AttributeError):
         order.batch_size  # noqa: B018 - a list has none
+    for again in (copy.deepcopy(order), pickle.loads(pickle.dumps(order))):
+        assert list(again) == [[1, 2], [3]] and again.drawn == 4

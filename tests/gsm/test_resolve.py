@@ -165,5 +165,5 @@ def test_derivatives_in_the_forward(how: str, mode: str) -> None:
 
 def test_a_graph_of_the_derivative_takes_a_whole_subtree() -> None:
     check(Forces("autograd"), torch.randn(5, 4), mode="functorch")
-    with pytest.raises(RuntimeError, match="takes mode='functorch'"):
+    with pytest.raises(RuntimeError, match="Wrap with mode='functorch'"):
         check(Forces("autograd"), torch.randn(5, 4), mode="ghost")

@@ -67,3 +67,54 @@ def test_nothing_is_materialised_for_tied_weights(model: nn.Module, monkeypatch:
 
     monkeypatch.setattr(gsm.groups, "_total", fail)
     check(model, torch.randint(0, 200, (3, 4)), mode="ghost")
+
+
+class Parts(nn.Module):
+    """One parameter of which every use takes a part."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how, self.stack = how, nn.Parameter(torch.randn(3, 4, 4))
+        self.fused, self.line = nn.Parameter(torch.randn(12, 4)), nn.Parameter(torch.randn(11))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "experts":
+            return torch.bmm(torch.stack([x, x.sin(), x.cos()]), self.stack).sum(0) + x @ self.fused.t()[:, :4]
+        if self.how == "chunks":
+            q, k, v = (F.linear(x, w) for w in self.fused.chunk(3))
+            return q * k.sigmoid() + v + x @ self.stack[0]
+        if self.how == "columns":
+            return (x[:, :2] @ self.fused.t()[:2] + x[:, 2:] @ self.fused.t()[2:])[:, :4] + x @ self.stack[1].t()
+        if self.how == "overlapping":
+            return F.linear(x, self.fused[:6])[:, 2:] * F.linear(x, self.fused[5:])[:, :4] + x @ self.stack[2]
+        if self.how == "again":  # a part that is used twice, and another
+            return (
+                F.linear(F.linear(x, self.fused[:4]), self.fused[:4]) + F.linear(x, self.fused[4:8]) + x @ self.stack[0]
+            )
+        if self.how == "windows":  # a view in which an entry stands several times, and another part
+            return (
+                F.linear(x, self.line[:7].unfold(0, 4, 1)) + F.linear(x, self.line[7:].view(1, 4)) + x @ self.stack[0]
+            )
+        if self.how == "copies":  # they lie apart, and stand for the same entries
+            scaled, again = (self.fused * 2)[:4], self.fused.flip(0)[8:]
+            return F.linear(F.linear(x, scaled).sin(), again) + x @ self.stack[0]
+        assert self.how == "interleaved"
+        return F.linear(x, self.fused[::3]) + F.linear(x.sin(), self.fused[1::3]) + x @ self.stack[0]
+
+
+APART = {"experts", "chunks"}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", [*sorted(APART), "columns", "overlapping", "again", "interleaved", "windows", "copies"])
+def test_parts_of_a_parameter(how: str, mode: str) -> None:
+    check(Parts(how), torch.randn(5, 4), mode=mode)
+
+
+@pytest.mark.parametrize("how", sorted(APART))
+def test_nothing_is_materialised_for_parts_that_lie_apart(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(held: object) -> Tensor:
+        raise AssertionError("the whole gradient was materialised")
+
+    monkeypatch.setattr(gsm.groups, "_total", fail)
+    check(Parts(how), torch.randn(5, 4), mode="ghost")
