@@ -181,7 +181,7 @@ def test_independent_samples_joined_by_virtual_step_are_charged_at_their_joint_r
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_whole_batches_are_not_made_parts_by_a_signal(ahead):
-    """Guard: ``begin_sample``; signal_skip_step is for parts of one batch, and the loader knows what it drew at once."""
+    """Guard: ``begin_sample``; signal_skip_step is for parts of one batch, and the loader knows what it drew."""
     model, optimizer, loader = training()
 
     def batches():
