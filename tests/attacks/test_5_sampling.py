@@ -272,6 +272,24 @@ def test_the_same_batches_again_are_said(own, recwarn):
         assert epoch(0) == first
 
 
+def test_the_same_batch_again_within_a_pass_is_said(recwarn):
+    """Guard: ``Words.again``; something in the loop seeds torch, and noise of its own does not notice."""
+    def epoch(seed):
+        model, optimizer, loader = training(noise_generator=torch.Generator().manual_seed(7))
+        drawn = []
+        for done, (x, y) in enumerate(loader):
+            drawn.append(x.sum().item())
+            torch.manual_seed(seed(done))
+            step(model, optimizer, x, y)
+        return drawn
+
+    epoch(lambda done: 11 + done)
+    assert not [w for w in recwarn if "same batches" in str(w.message)]
+    with pytest.warns(UserWarning, match="at an earlier batch or pass"):
+        drawn = epoch(lambda done: 10)
+    assert drawn[1] == drawn[2] == drawn[3] == drawn[4]
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_the_noise_does_not_tell_who_was_drawn(own):
     """Guard: sampling and noise share ``Used``; from one seed, noise and sampling would be the same numbers."""
