@@ -234,6 +234,8 @@ class PrivacyEngine:
             optimizer.of_engine = True
             optimizer.independent_batches = poisson_sampling or preparation.draws_afresh(self.accountant, loader)
             optimizer.sampler = passes_of(loader)
+            if getattr(self.accountant, "sampling", None) == "fixed_size":
+                optimizer.records = len(loader.dataset)
             if isinstance(optimizer.noise, GaussianNoise):
                 optimizer.noise.used = self._used
             optimizer.journal = self.journal

@@ -53,6 +53,12 @@ MORE_ROWS = (
     "or clip all rows of a record together with clipping=UserClipping(). If the further rows are no private data, "
     "nothing is wrong."
 )
+LARGER = (
+    "This batch holds {rows} of {records} records, and the accountant is to be charged for batches of a share of "
+    "{rate:.6g}: its epsilon would be too small. make_private took 1 / len(loader) for the share. Let the batch "
+    "sampler's length be the number of records over the batch size, or set optimizer.sample_rate = {share:.6g} (and "
+    "choose the noise for that rate)."
+)
 SHARED = (
     "The {records} records of this batch belong to {users} users. The loader draws records, each with probability "
     "{rate:g}, and that is what the accountant is charged; a user with k records is drawn with probability "

@@ -138,11 +138,11 @@ def test_what_fits_and_what_is_not_known_is_taken(assumed):
         assert unwatched(found) is loader
 
 
-def private_with(loader, accountant):
+def private_with(loader, accountant, **options):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     return make_private(
-        model, optimizer, loader, noise_multiplier=1.0, poisson_sampling=False, accountant=accountant
+        model, optimizer, loader, noise_multiplier=1.0, poisson_sampling=False, accountant=accountant, **options
     )
 
 
@@ -236,6 +236,32 @@ def test_batches_of_ones_own_that_may_overlap_add_up(sampling):
             CE(model(x), y).backward()
             optimizer.step() if done == 5 else optimizer.virtual_step()
     assert optimizer.noise.stds == [5.0] and accountant.history == [(1.0, 1.0, 1)]
+
+
+class Drawn(Sampler):
+    """16 of the 40 records, without replacement, a hundred times."""
+
+    def __len__(self):
+        return 100
+
+    def __iter__(self):
+        return (torch.randperm(40)[:16].tolist() for _ in range(100))
+
+
+@pytest.mark.parametrize("physical", [None, 5])
+def test_batches_of_a_fixed_size_are_charged_at_no_smaller_share(physical):
+    """Guard: ``LARGER``; 1 / len(loader) is the share only where the batches of a pass are as many as fit in one."""
+    accountant = PLDAccountant(sampling="fixed_size", relation="replace_one")
+    loader = DataLoader(data(), batch_sampler=Drawn())
+    model, optimizer, loader = private_with(loader, accountant, max_physical_batch_size=physical)
+    with pytest.raises(ValueError, match=r"16 of 40 records.*share of 0.01.*sample_rate = 0.4 "):
+        for x, y in loader:
+            step(model, optimizer, x, y)
+    assert not accountant.history
+    optimizer.sample_rate = 0.4
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    assert accountant.history == [(1.0, 0.4, 100)]
 
 
 def test_secure_mode_takes_no_seed():
