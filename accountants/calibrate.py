@@ -51,7 +51,7 @@ def get_noise_multiplier(
     Example:
         >>> sigma = get_noise_multiplier(target_epsilon=3, target_delta=1e-5, sample_rate=0.01, epochs=10)
         >>> round(sigma, 2)
-        0.85
+        0.86
     """
     if (steps is None) == (epochs is None):
         raise ValueError("get_noise_multiplier takes as input EITHER a number of steps or a number of epochs")

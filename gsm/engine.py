@@ -232,8 +232,10 @@ class PrivacyEngine:
         if isinstance(optimizer, preparation.DPOptimizer):
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
             optimizer.of_engine = True
-            optimizer.independent_batches = poisson_sampling
+            optimizer.independent_batches = poisson_sampling or preparation.draws_afresh(self.accountant, loader)
             optimizer.sampler = passes_of(loader)
+            if getattr(self.accountant, "sampling", None) == "fixed_size":
+                optimizer.records = len(loader.dataset)
             if isinstance(optimizer.noise, GaussianNoise):
                 optimizer.noise.used = self._used
             optimizer.journal = self.journal

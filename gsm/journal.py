@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -53,7 +55,7 @@ class Journal:
             self._lock()
             if self._is_new():
                 self._file.truncate(0)
-                self._file.write((json.dumps([MARK, plain([list(entry) for entry in history or []])]) + "\n").encode())
+                self._append([MARK, plain([list(entry) for entry in history or []])])
             kept, self.before, self.charges = self._read()
         except BaseException:
             self._file.close()
@@ -81,7 +83,8 @@ class Journal:
         """Writes one charge and waits until it is on the disk.
 
         Raises:
-            CheckpointError: the journal was closed, or belongs to the process that this one was forked from.
+            CheckpointError: the journal was closed, belongs to the process that this one was forked from, or the disk
+                is full.
         """
         if self._file.closed:
             raise CheckpointError(
@@ -89,9 +92,18 @@ class Journal:
                 "again, in the process that trains."
             )
         charge = (float(noise_multiplier), float(sample_rate))
-        self._file.write((json.dumps(charge) + "\n").encode())
-        os.fsync(self._file.fileno())
+        self._append(charge)
         self.charges.append(charge)
+
+    def _append(self, value: Any) -> None:
+        line, before = (json.dumps(value) + "\n").encode(), os.fstat(self._file.fileno()).st_size
+        if self._file.write(line) != len(line):  # a disk that runs full takes a part, and only then raises
+            self._file.truncate(before)
+            raise CheckpointError(
+                f"the journal {self.path} could not be written to its end (is the disk full?): this release is neither "
+                "made nor charged. Make room before the next."
+            )
+        os.fsync(self._file.fileno())
 
     @property
     def steps(self) -> int:
@@ -100,28 +112,25 @@ class Journal:
 
     def history(self) -> list[tuple[float, float, int]]:
         """The whole account, run-length merged, as accountants keep it."""
-        merged = [(float(s), float(q), int(n)) for s, q, n in self.before]
-        for sigma, rate in self.charges:
-            if merged and merged[-1][:2] == (sigma, rate):
-                merged[-1] = (sigma, rate, merged[-1][2] + 1)
-            else:
-                merged.append((sigma, rate, 1))
-        return merged
+        return _merged([*self.before, *((sigma, rate, 1) for sigma, rate in self.charges)])
 
     def settle(self, accountant: Any) -> int:
         """Gives the accountant what it lacks; returns how many releases that were.
 
         Raises:
-            CheckpointError: the accountant knows of more releases than the journal: it belongs to another run.
+            CheckpointError: the accountant knows of releases that the journal does not begin with: it belongs to
+                another run.
         """
-        known = sum(entry[2] for entry in accountant.history)
-        if known > self.steps:
+        account, mine = _merged(accountant.history), self.history()
+        known = sum(entry[2] for entry in account)
+        if _merged(mine, known) != account:
             raise CheckpointError(
-                f"the journal {self.path} has {self.steps} releases and the account {known}: it belongs to another run "
-                "or an earlier state of this one. Give every run its own journal, from its beginning."
+                f"the journal {self.path} has {self.steps} releases and the account {known}, which are not the first "
+                "of the journal: it belongs to another run or an earlier state of this one. Give every run its own "
+                "journal, from its beginning."
             )
         if known < self.steps:
-            accountant.history = self.history()
+            accountant.history = mine
         return self.steps - known
 
     def close(self) -> None:
@@ -139,6 +148,19 @@ class Journal:
         except (ValueError, TypeError, IndexError) as error:
             raise CheckpointError(f"{self.path} is not a journal of charges, or it is damaged") from error
         return sum(len(line) + 1 for line in lines), before, charges
+
+
+def _merged(history: Iterable[Any], most: float = math.inf) -> list[tuple[float, float, int]]:
+    """The first ``most`` releases, equal ones that follow each other in one entry."""
+    found: list[tuple[float, float, int]] = []
+    for sigma, rate, count in history:
+        count = min(int(count), most)
+        most -= count
+        if found and found[-1][:2] == (sigma, rate):
+            found[-1] = (found[-1][0], found[-1][1], found[-1][2] + int(count))
+        elif count:
+            found.append((float(sigma), float(rate), int(count)))
+    return found
 
 
 def _locked(file: IO[bytes]) -> bool:

@@ -187,9 +187,12 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
             count, records = drawn.records() - records, drawn.records()
             if torch.is_grad_enabled():
                 handed, empty = handed + 1, empty + (count == 0)
+                optimizer.begin_sample()
             else:
                 optimizer.only_looked_at()
             yield batch
+        if torch.is_grad_enabled():
+            optimizer.begin_sample()  # before the last one, where something fetches ahead
         skipped = handed - (optimizer.releases - before)
         if empty and skipped == empty:
             warnings.warn(SKIPPED.format(n=empty), stacklevel=2)

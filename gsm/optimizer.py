@@ -99,6 +99,7 @@ class DPOptimizer(OptimizerInterface):
         self.sample_rate: float | None = None
         #: True where every batch of the loader is a random sample of its own (Poisson sampling), so that two of them
         #: can hold the same record unless the loader says, with signal_skip_step, that they are parts of one sample.
+        #: Batches that a DPDataLoader hands out whole are none, whoever says so.
         self.independent_batches = False
         self._init_hooks()
         self.clipping.validate(self.noise_multiplier, expected_batch_size, len(self.params))
@@ -162,6 +163,8 @@ class DPOptimizer(OptimizerInterface):
         with torch.no_grad():
             clipped = [self.clipping.clip(batch) for batch in batches]
         self._compare_users(tape.records if tape is not None else 0, len(clipped[-1].groups))
+        if isinstance(self.sampler, Passes):
+            self._pending.enter(self.sampler.under_way)
         self._pending.check(clipped[0])
         # From here on the gradients count as used, whatever happens: they can never enter a second sum.
         self._mark_used(params)
@@ -169,7 +172,7 @@ class DPOptimizer(OptimizerInterface):
         for batch, each, total in zip(batches, clipped, sums, strict=True):
             self._pending.add(batch.params, total, each)
             self._pending.joins = False
-        if self._pending.samples > max(1, len(batches)) and self.independent_batches:
+        if self._pending.samples > max(1, len(batches)) and (self.independent_batches or self.sampler is not None):
             self._warn_once(OVERLAPPING)
         self._iterations = len(batches)
         for p, pending in self._pending.sums.items():

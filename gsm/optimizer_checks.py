@@ -28,9 +28,10 @@ ACCUMULATED = (
     "after each of them but the last."
 )
 OVERLAPPING = (
-    "virtual_step() joined batches that the loader drew independently (Poisson sampling), so one record can be in "
-    "several of them: their clipping bounds add up and the noise is scaled by the total. For a large logical batch in "
-    "small pieces, pass max_physical_batch_size= to make_private() and call step() for every piece."
+    "virtual_step() or signal_skip_step() joined batches that the loader drew independently (Poisson sampling, or "
+    "another pass over the data), so one record can be in several of them: their clipping bounds add up and the noise "
+    "is scaled by the total. For a large logical batch in small pieces, pass max_physical_batch_size= to "
+    "make_private() and call step() for every piece; call discard_pending() before another pass begins."
 )
 
 
@@ -51,6 +52,12 @@ MORE_ROWS = (
     "several times the bound. Keep one row per record (positions in a further dimension), take a step for every batch, "
     "or clip all rows of a record together with clipping=UserClipping(). If the further rows are no private data, "
     "nothing is wrong."
+)
+LARGER = (
+    "This batch holds {rows} of {records} records, and the accountant is to be charged for batches of a share of "
+    "{rate:.6g}: its epsilon would be too small. make_private took 1 / len(loader) for the share. Let the batch "
+    "sampler's length be the number of records over the batch size, or set optimizer.sample_rate = {share:.6g} (and "
+    "choose the noise for that rate)."
 )
 SHARED = (
     "The {records} records of this batch belong to {users} users. The loader draws records, each with probability "

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gsm.clipping import Clipping
 from gsm.noise import Noise
-from gsm.optimizer_checks import SCALED, SHARED, UNDRAWN
+from gsm.optimizer_checks import LARGER, SCALED, SHARED, UNDRAWN
 from gsm.release import PendingRelease
 
 
@@ -35,6 +35,7 @@ class OptimizerInterface(OpacusDPOptimizer):
     noise: Noise
     _pending: PendingRelease
     _accountant: Accountant | None = None
+    sample_rate: float | None
     #: True where a :class:`gsm.PrivacyEngine` made this optimizer and reads the account that it charges.
     of_engine = False
 
@@ -51,6 +52,8 @@ class OptimizerInterface(OpacusDPOptimizer):
         self.journal: Any = None
         #: The sampler whose batches this optimizer is to use; it counts them in ``drawn``. None: not known.
         self.sampler: Any = None
+        #: How many records there are, where the accountant assumes batches of a fixed share of them.
+        self.records: int | None = None
         self._unused_draws = self._seen_draws = 0
         self._warned: set[str] = set()
         self.step_hooks: list[Callable[[Any], None]] = []
@@ -64,7 +67,14 @@ class OptimizerInterface(OpacusDPOptimizer):
             warnings.warn(message, stacklevel=4)
 
     def _check_drawn(self) -> None:
-        """Compares what was released with what was drawn; batches fetched ahead of time do no harm."""
+        """Compares what was released with what was drawn; batches fetched ahead of time do no harm.
+
+        Raises:
+            ValueError: a batch of more than the fixed share of the records that is charged.
+        """
+        records, rows, rate = self.records, self._pending.largest, self.sample_rate or 0.0
+        if records is not None and rows > rate * records * (1 + 1e-9):
+            raise ValueError(LARGER.format(rows=rows, records=records, rate=rate, share=rows / records))
         if self.sampler is None:
             return
         self._unused_draws += self.sampler.drawn - self._seen_draws - self._pending.samples
@@ -72,6 +82,10 @@ class OptimizerInterface(OpacusDPOptimizer):
         if self._unused_draws < 0:
             self._unused_draws = 0
             self._warn_once(UNDRAWN)
+
+    def begin_sample(self) -> None:
+        """A batch was drawn by itself: records of an earlier one can be in it, whatever was said to join the two."""
+        self._pending.joins = False
 
     def only_looked_at(self) -> None:
         """A batch that was drawn is for no release: it was asked for where no gradient is computed."""

@@ -38,6 +38,11 @@ class Passes(Sampler[Any]):
             self.drawn, self._drawing = self.drawn + 1, current
             yield chosen
 
+    @property
+    def under_way(self) -> int:
+        """The number of the pass that the batch drawn last belongs to; they count from 1."""
+        return self._drawing
+
     def __len__(self) -> int:
         return len(self.order)  # type: ignore[arg-type]
 

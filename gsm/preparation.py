@@ -241,6 +241,12 @@ def other_than(assumed: str, loader: Any) -> str | None:
     return None
 
 
+def draws_afresh(accountant: Any, loader: Any) -> bool:
+    """Whether a record may be in any two batches, as the loader draws Poisson samples or the accountant was told so."""
+    poisson = isinstance(getattr(loader, "batch_sampler", None), POISSON_SAMPLERS)
+    return poisson or getattr(accountant, "sampling", None) in ("fixed_size", "unsampled")
+
+
 def make_accountant(accountant: Any) -> Any:
     """An accountant object from a name registered here or with Opacus; an object is returned as it is.
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 import accountants
 from gsm.clipping import Clipping, FlatClipping, PerLayerClipping
@@ -126,6 +127,7 @@ class PrivacyEngine:
         self._private: DPOptimizer | None = None
         self._capture: GradSampleModule | None = None
         self._stats: Measured | None = None
+        self._loading: RemovableHandle | None = None
 
     def _noise_for(self, target_epsilon: float, epochs: float) -> float:
         mechanism = ACCOUNTING_MODES[self.accounting_mode][0]
@@ -176,14 +178,25 @@ class PrivacyEngine:
         private.accountant, private.sample_rate = self.accountant, self.sample_rate
         self._capture = GradSampleModule(self.module, mode=mode)
         self.optimizer, self._private = optimizer, private
+        self._loading = optimizer.register_load_state_dict_post_hook(self._resumed)
+        if optimizer.state:  # loaded before
+            self._resumed(optimizer)
         warnings.warn(ASSUMPTION, stacklevel=2)
         _patch(optimizer, private, self)
+
+    def _resumed(self, optimizer: Optimizer) -> None:
+        """The noise continues with fresh randomness: the same noise under the sums of two runs gives both away."""
+        if self._private is not None:
+            self._private.discard_pending()
+            self._private.noise.refresh()
 
     def detach(self) -> None:
         """Takes everything away again: model and optimizer are as they were before :meth:`attach`."""
         if self.optimizer is None or self._capture is None or self._private is None:
             return
         self._private.discard_pending()
+        if self._loading is not None:
+            self._loading.remove()
         for name in _ADDED:
             self.optimizer.__dict__.pop(name, None)
         self.optimizer.__dict__.update(self._private.__dict__.pop("_replaced"))

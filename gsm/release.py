@@ -26,15 +26,23 @@ class PendingRelease:
         self.statistic: Tensor | None = None
         self.statistic_sensitivity = 0.0
         self.samples = 0
+        #: Rows of the largest sample.
+        self.largest = 0
         #: Whether the next physical batch is another part of the current sample.
         self.joins = False
         self._earlier = 0.0
         self._current = 0.0
+        self._pass = self._rows = 0
         self._groups: frozenset[Hashable] = frozenset()
 
     @property
     def sensitivity(self) -> float:
         return self._earlier + self._current
+
+    def enter(self, number: int) -> None:
+        """What comes next is of this pass over the data. Every record is in every pass: another begins a sample."""
+        self.joins = self.joins and number == self._pass
+        self._pass = number
 
     def check(self, clipped: Clipped) -> None:
         """Raises ValueError if a user of this batch was in an earlier physical batch of the same sample."""
@@ -50,13 +58,15 @@ class PendingRelease:
         """Adds one physical batch: the weighted sums of ``params`` and what clipping said about them."""
         if self.joins:
             self._current = max(self._current, clipped.sensitivity)
+            self._rows += clipped.weights.shape[-1]
             self._groups |= clipped.groups
         else:
             self._earlier += self._current
-            self._current = clipped.sensitivity
+            self._current, self._rows = clipped.sensitivity, clipped.weights.shape[-1]
             self._groups = clipped.groups
             self.samples += 1
             self.statistic_sensitivity += clipped.statistic_sensitivity
+        self.largest = max(self.largest, self._rows)
         for p, total in zip(params, sums, strict=True):
             held = self.sums.get(p)
             self.sums[p] = total if held is None else held.add_(total)

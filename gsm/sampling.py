@@ -28,9 +28,9 @@ from opacus.utils.uniform_sampler import DistributedUniformWithReplacementSample
 from gsm.generators import Used
 
 AGAIN = (
-    "The generator of the sampling is where it was in an earlier pass (it was seeded anew?), so the same batches are "
-    "drawn again. The accountant takes every batch for a fresh Poisson sample: if both passes train, its epsilon is "
-    "too small. Seed once, before the first pass; what only looks at the batches does no harm."
+    "The generator of the sampling is where it was at an earlier batch or pass (it was seeded anew?), so the same "
+    "batches are drawn again. The accountant takes every batch for a fresh Poisson sample: if both train, its epsilon "
+    "is too small. Seed once, before the first pass; what only looks at the batches does no harm."
 )
 BITS = 62
 LEADING = 24  # bits of a float32 uniform number
@@ -99,6 +99,15 @@ class Words:
             rest = torch.randint(1 << (BITS - LEADING), (len(ties),), generator=self.generator, dtype=torch.int64)
             mask[ties] = rest.numpy() < low
         return mask
+
+    def again(self, begun: set[int]) -> bool:
+        """Whether the generator is where it was at one of the places ``begun``, to which this one is added."""
+        if self.secure_mode:
+            return False
+        place = hash((self.generator or torch.default_generator).get_state().numpy().tobytes())
+        found = place in begun
+        begun.add(place)
+        return found
 
     def fork(self, key: int) -> Words:
         """An independent source for ``key``: other keys, and other forks of the same key, give other words.
@@ -193,9 +202,11 @@ class PoissonSampler(UniformWithReplacementSampler):
         self.generator, self.secure_mode = None, True
 
     def __iter__(self) -> Iterator[list[int]]:
-        sizes = self.sizes
+        sizes, begun = self.sizes, set[int]()
         for step in range(self.steps):
             words = Words(self.generator, self.secure_mode)  # reads self.generator late: it may have been switched
+            if self.used is not None and words.again(begun):
+                warnings.warn(AGAIN, stacklevel=2)
             with drawn_once(self.used if step == 0 else None, words):  # once per pass: it takes its time
                 chosen = poisson_batch(words, self.num_samples, self.threshold)
             self.drawn += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -40,6 +41,47 @@ class DPCallback(TrainerCallback, ExportableState):
         self.accountant.load_state_dict(
             {"history": [(float(s), float(q), int(n)) for s, q, n in history], "mechanism": self.accountant.mechanism()}
         )
+
+    def take_over(self, state: TrainerState) -> None:
+        """Takes over the account of the checkpoint that a run resumes from, unless this object knows of more steps:
+        those were taken, whatever is loaded now.
+
+        Raises:
+            ValueError: a checkpoint without an account.
+        """
+        if not state.global_step:
+            return
+        found = state.stateful_callbacks.get("DPCallback")
+        if not found:
+            raise ValueError(
+                "the checkpoint's trainer_state.json holds no privacy account: it was not written by private training, "
+                "and what its steps cost is unknown"
+            )
+        history = (found[0] if isinstance(found, list) else found)["args"]["history"]
+        saved, known = sum(int(entry[2]) for entry in history), self.accountant.num_steps
+        if known > saved:
+            warnings.warn(
+                f"the checkpoint's account has {saved} steps and this trainer has taken {known}: all of them stay on "
+                "the account",
+                stacklevel=2,
+            )
+        else:
+            self.load(history)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Goes on with the account of a checkpoint, also where the `Trainer` has made this object anew from it."""
+        self.take_over(state)
+        private = getattr(optimizer, "optimizer", optimizer)
+        charged = None if getattr(private, "of_engine", True) else private.accountant
+        if state.global_step and charged is not None and not charged.history:
+            private.accountant = self.accountant
 
     def epsilon(self) -> float:
         """What was spent so far, at `target_delta`."""

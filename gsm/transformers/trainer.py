@@ -2,7 +2,7 @@
 
 What changes against the ordinary one: batches are Poisson samples, the loss is every sample's own, the optimizer clips
 and adds noise, and nothing that depends on the data without noise is logged or written to checkpoints (training loss,
-gradient norm, counts of tokens and operations), unless asked for.
+gradient norm, counts of tokens and operations, how many random numbers were drawn), unless asked for.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from gsm.transformers.checks import check_arguments
 from gsm.wrapper import GradSampleModule
 
 UNNOISED = ("loss", "grad_norm", "train_loss", "total_flos", "num_input_tokens_seen", "train_tokens_per_second")
+
+OTHER_LOSS = (
+    "{name}.compute_loss is used in evaluation only: private training needs one loss per sample, and takes it from "
+    "compute_per_sample_loss(model, inputs). Override that one too, or pass compute_loss_func=."
+)
 
 
 class DPTrainer(Trainer):
@@ -75,6 +80,9 @@ class DPTrainer(Trainer):
     ) -> None:
         super().__init__(model, args, **kwargs)
         check_arguments(self.args, self.train_dataset, privacy, seeded=generator is not None)
+        own = type(self).compute_loss is not Trainer.compute_loss
+        if own and type(self).compute_per_sample_loss is DPTrainer.compute_per_sample_loss:
+            warnings.warn(OTHER_LOSS.format(name=type(self).__name__), stacklevel=2)
         self.privacy, self.task = privacy, task
         self._generator = generator
         self._sampler: PoissonSampler | None = None
@@ -165,8 +173,7 @@ class DPTrainer(Trainer):
         """Everything is prepared and loaded, and the first step is next."""
         assert self._private is not None and self._sampler is not None
         state, accountant = self.state, self.accountant
-        if state.global_step:
-            self._take_over(_saved_history(state.stateful_callbacks))
+        self.dp_callback.take_over(state)
         self._private.noise_multiplier = self.privacy.noise_for(
             sample_rate=self.sample_rate,
             delta=self.dp_callback.target_delta,
@@ -178,18 +185,6 @@ class DPTrainer(Trainer):
         self.model.train()
         validation.validate(self.model)
         self._capture = GradSampleModule(self.model, mode=self.privacy.mode)
-
-    def _take_over(self, history: list[Any]) -> None:
-        """A checkpoint's account, unless this object knows of more steps: those were taken, whatever is loaded now."""
-        saved, known = sum(int(entry[2]) for entry in history), self.accountant.num_steps
-        if known > saved:
-            warnings.warn(
-                f"the checkpoint's account has {saved} steps and this trainer has taken {known}: all of them stay on "
-                "the account",
-                stacklevel=2,
-            )
-        else:
-            self.dp_callback.load(history)
 
     def _set_randomness(self, resumed: bool) -> None:
         assert self._private is not None and self._sampler is not None
@@ -284,6 +279,9 @@ class DPTrainer(Trainer):
             logs["epsilon"] = self.get_epsilon()
         super().log(logs, *args, **kwargs)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Nothing: dropout has drawn numbers for every record, so the state tells how many were in the batches."""
+
     def floating_point_ops(self, inputs: Any) -> int:
         """0: the number depends on the size of the batch, which is private."""
         return 0
@@ -307,16 +305,6 @@ class _Start(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._begin()
-
-
-def _saved_history(stateful_callbacks: dict[str, Any]) -> Any:
-    found = stateful_callbacks.get("DPCallback")
-    if not found:
-        raise ValueError(
-            "the checkpoint's trainer_state.json holds no privacy account: it was not written by private training, and "
-            "what its steps cost is unknown"
-        )
-    return (found[0] if isinstance(found, list) else found)["args"]["history"]
 
 
 def _is_datasets(dataset: Any) -> bool:

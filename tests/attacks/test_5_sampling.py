@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, Subset, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler, Subset, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
 from accountants import PLDAccountant, PRVAccountant
@@ -12,7 +12,7 @@ from gsm import PrivacyEngine, make_private
 from gsm.loader import DPDataLoader
 from gsm.passes import unwatched
 from gsm.sampling import PoissonSampler, Words, inclusion_threshold
-from tests.attacks.tools import CE, RECORDS, data, mlp, step, training
+from tests.attacks.tools import CE, RECORDS, Watch, data, mlp, step, training
 
 X, Y = data(8).tensors
 
@@ -138,11 +138,11 @@ def test_what_fits_and_what_is_not_known_is_taken(assumed):
         assert unwatched(found) is loader
 
 
-def private_with(loader, accountant):
+def private_with(loader, accountant, **options):
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     return make_private(
-        model, optimizer, loader, noise_multiplier=1.0, poisson_sampling=False, accountant=accountant
+        model, optimizer, loader, noise_multiplier=1.0, poisson_sampling=False, accountant=accountant, **options
     )
 
 
@@ -179,6 +179,91 @@ def test_independent_samples_joined_by_virtual_step_are_charged_at_their_joint_r
     assert optimizer.noise.stds == [2.0] and optimizer.accountant.history == [(1.0, 0.4, 1)]
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_whole_batches_are_not_made_parts_by_a_signal(ahead):
+    """Guard: ``begin_sample``; signal_skip_step is for parts of one batch, and the loader knows what it drew."""
+    model, optimizer, loader = training()
+
+    def batches():
+        waiting = []
+        for batch in loader:
+            waiting.append(batch)
+            if len(waiting) > ahead:
+                yield waiting.pop(0)
+        yield from waiting
+
+    with pytest.warns(UserWarning, match="drew independently"):
+        for done, (x, y) in enumerate(batches(), 1):
+            optimizer.zero_grad()
+            optimizer.signal_skip_step(done < 5)
+            CE(model(x), y).backward()
+            optimizer.step()
+    assert optimizer.noise.stds == [5.0] and optimizer.accountant.history == [(1.0, 1.0, 1)]
+
+
+def parts(x, y):
+    return ((x[: len(x) // 2], y[: len(x) // 2], True), (x[len(x) // 2 :], y[len(x) // 2 :], False))
+
+
+def test_parts_cut_by_hand_are_parts(recwarn):
+    """No false alarm: every batch is cut in two in the loop."""
+    model, optimizer, loader = training()
+    for batch in loader:
+        for x, y, more in parts(*batch):
+            optimizer.signal_skip_step(more)
+            step(model, optimizer, x, y)
+    assert optimizer.noise.stds == [1.0] * 5 and optimizer.accountant.history == [(1.0, 0.2, 5)]
+    assert not [w for w in recwarn if "drew independently" in str(w.message)]
+
+
+@pytest.mark.parametrize("sampling", ["unsampled", "fixed_size", "poisson"])
+def test_batches_of_ones_own_that_may_overlap_add_up(sampling):
+    """Guard: ``draws_afresh``; where a record may be in any two batches, virtual_step does not join them."""
+
+    class Afresh(Sampler):
+        def __len__(self):
+            return 5
+
+        def __iter__(self):
+            return (torch.randperm(40)[:8].tolist() for _ in range(5))
+
+    batches = PoissonSampler(num_samples=40, sample_rate=0.2) if sampling == "poisson" else Afresh()
+    accountant = PLDAccountant(sampling=sampling, relation="replace_one")
+    model, optimizer, loader = private_with(DataLoader(data(), batch_sampler=batches), accountant)
+    optimizer.noise = Watch()
+    with pytest.warns(UserWarning, match="drew independently"):
+        for done, (x, y) in enumerate(loader, 1):
+            CE(model(x), y).backward()
+            optimizer.step() if done == 5 else optimizer.virtual_step()
+    assert optimizer.noise.stds == [5.0] and accountant.history == [(1.0, 1.0, 1)]
+
+
+class Drawn(Sampler):
+    """16 of the 40 records, without replacement, a hundred times."""
+
+    def __len__(self):
+        return 100
+
+    def __iter__(self):
+        return (torch.randperm(40)[:16].tolist() for _ in range(100))
+
+
+@pytest.mark.parametrize("physical", [None, 5])
+def test_batches_of_a_fixed_size_are_charged_at_no_smaller_share(physical):
+    """Guard: ``LARGER``; 1 / len(loader) is the share only where the batches of a pass are as many as fit in one."""
+    accountant = PLDAccountant(sampling="fixed_size", relation="replace_one")
+    loader = DataLoader(data(), batch_sampler=Drawn())
+    model, optimizer, loader = private_with(loader, accountant, max_physical_batch_size=physical)
+    with pytest.raises(ValueError, match=r"16 of 40 records.*share of 0.01.*sample_rate = 0.4 "):
+        for x, y in loader:
+            step(model, optimizer, x, y)
+    assert not accountant.history
+    optimizer.sample_rate = 0.4
+    for x, y in loader:
+        step(model, optimizer, x, y)
+    assert accountant.history == [(1.0, 0.4, 100)]
+
+
 def test_secure_mode_takes_no_seed():
     """Guard: a seed in secure mode is refused, and torch.manual_seed does not reach the sampler."""
     with pytest.raises(ValueError, match="prohibited"):
@@ -211,6 +296,24 @@ def test_the_same_batches_again_are_said(own, recwarn):
     assert not [w for w in recwarn if "same batches" in str(w.message)]
     with pytest.warns(UserWarning, match="the same batches are drawn again"):
         assert epoch(0) == first
+
+
+def test_the_same_batch_again_within_a_pass_is_said(recwarn):
+    """Guard: ``Words.again``; something in the loop seeds torch, and noise of its own does not notice."""
+    def epoch(seed):
+        model, optimizer, loader = training(noise_generator=torch.Generator().manual_seed(7))
+        drawn = []
+        for done, (x, y) in enumerate(loader):
+            drawn.append(x.sum().item())
+            torch.manual_seed(seed(done))
+            step(model, optimizer, x, y)
+        return drawn
+
+    epoch(lambda done: 11 + done)
+    assert not [w for w in recwarn if "same batches" in str(w.message)]
+    with pytest.warns(UserWarning, match="at an earlier batch or pass"):
+        drawn = epoch(lambda done: 10)
+    assert drawn[1] == drawn[2] == drawn[3] == drawn[4]
 
 
 @pytest.mark.parametrize("own", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from accountants import RDPAccountant
 from gsm import PrivacyEngine
 from gsm import journal as journals
 from gsm.checkpoint_file import CheckpointError
@@ -71,6 +72,58 @@ def test_an_account_that_knows_more_than_the_journal_is_of_another_run(tmp_path)
     engine.accountant.history = [(1.0, 0.5, 3)]
     with pytest.raises(CheckpointError, match="has 2 releases and the account 3"):
         engine.keep_journal(tmp_path / "j")
+
+
+@pytest.mark.parametrize("own", [1, 2, 3])
+def test_the_journal_of_another_run_never_replaces_an_account(tmp_path, own):
+    journal = Journal(tmp_path / "j")
+    for _ in range(2):
+        journal.record(noise_multiplier=9.0, sample_rate=1 / 6)
+    journal.close()
+    engine = PrivacyEngine(accountant="rdp")
+    train(*private(engine), steps=own)
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        engine.keep_journal(tmp_path / "j")
+    assert engine.accountant.history == [(1.0, 1 / 6, own)]
+
+
+def test_an_account_that_changes_its_noise_is_the_journals_beginning(tmp_path):
+    journal = Journal(tmp_path / "j", [(1.0, 0.5, 2), (2.0, 0.5, 1)])
+    journal.record(noise_multiplier=2.0, sample_rate=0.5)
+    journal.record(noise_multiplier=1.0, sample_rate=0.5)
+    whole = [(1.0, 0.5, 2), (2.0, 0.5, 2), (1.0, 0.5, 1)]
+    for known, history in ((0, []), (1, [(1.0, 0.5, 1)]), (3, [(1.0, 0.5, 2), (2.0, 0.5, 1)]), (5, whole)):
+        accountant = RDPAccountant()
+        accountant.history = list(history)
+        assert journal.settle(accountant) == 5 - known and accountant.history == whole
+    journal.close()
+
+
+def test_a_line_that_the_disk_takes_only_in_part_is_no_charge(tmp_path):
+    engine = PrivacyEngine(accountant="rdp")
+    model, optimizer, loader = private(engine)
+    engine.keep_journal(tmp_path / "j")
+    train(model, optimizer, loader, steps=1)
+    file, weights = engine.journal._file, [p.clone() for p in model.parameters()]
+
+    class Full:
+        closed = False
+
+        def write(self, line):
+            return file.write(line[:7])
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+    engine.journal._file = Full()
+    with pytest.raises(CheckpointError, match="is the disk full"):
+        train(model, optimizer, loader, steps=1)
+    assert all(map(torch.equal, weights, model.parameters())) and engine.accountant.history == [(1.0, 1 / 6, 1)]
+    engine.journal._file = file
+    optimizer.zero_grad()
+    train(model, optimizer, loader, steps=2)
+    engine.journal.close()
+    assert steps(tmp_path / "j") == 3 and engine.accountant.history == [(1.0, 1 / 6, 3)]
 
 
 def test_an_optimizer_that_does_not_charge_by_itself_keeps_no_journal(tmp_path):

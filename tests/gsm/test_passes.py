@@ -67,6 +67,35 @@ def test_passes_that_are_left_count_as_whole(sampling, batch_size):
     assert passes(engine) == pytest.approx(8)
 
 
+@pytest.mark.parametrize("how", ["virtual_step", "signal_skip_step"])
+def test_a_logical_batch_over_two_passes_is_two_samples(how):
+    model, optimizer, loader, engine = trained()
+    noise, added = optimizer.noise.add_, []
+    optimizer.noise.add_ = lambda tensors, std, bound: added.append(bound) or noise(tensors, std, bound)
+    done = 0
+    with pytest.warns(UserWarning, match="another pass over the data"):
+        for _ in range(2):
+            for (x,) in loader:
+                done += 1
+                optimizer.zero_grad()
+                if how == "signal_skip_step":
+                    optimizer.signal_skip_step(done % 2 == 1)
+                model(x).square().mean().backward()
+                optimizer.virtual_step() if how == "virtual_step" and done % 2 else optimizer.step()
+    assert added == [1.0, 1.0, 2.0, 1.0, 1.0]  # the third holds the last batch of one pass and the first of the next
+    assert engine.get_epsilon(1e-5) >= epsilon([2.0] * 2)
+
+
+def test_logical_batches_of_one_pass_are_one_sample_each(recwarn):
+    model, optimizer, loader, engine = trained()
+    for done, (x,) in enumerate(loader):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step() if done in (2, 4) else optimizer.virtual_step()
+    assert [n for _, _, n in engine.accountant.history] == [2] and engine.accountant.history[0][1] == pytest.approx(0.2)
+    assert not [w for w in recwarn if "another pass" in str(w.message)]
+
+
 def test_whole_passes_are_charged_as_they_are():
     model, optimizer, loader, engine = trained()
     for _ in range(3):

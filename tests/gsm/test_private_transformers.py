@@ -325,6 +325,27 @@ def attached(**options):
     return model, optimizer, engine
 
 
+@pytest.mark.parametrize("after", [True, False], ids=["loaded after attach", "loaded before"])
+def test_a_resumed_run_does_not_repeat_its_noise(after):
+    layer, saved, noises = nn.Linear(3, 2), None, []
+    for _ in range(2):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.0, momentum=0.9)
+        engine = engine_for(layer, noise_multiplier=1.0, noise_generator=torch.Generator().manual_seed(0))
+        if after:
+            engine.attach(optimizer)
+        if saved is not None:
+            optimizer.load_state_dict(saved)
+        if not after:
+            engine.attach(optimizer)
+        optimizer.step(loss=layer(torch.zeros(4, 3)).sum(1) * 0)
+        noises.append(layer.weight.grad.clone())
+        saved = optimizer.state_dict()
+        optimizer.zero_grad()
+        engine.detach()
+        assert not optimizer._optimizer_load_state_dict_post_hooks
+    assert not torch.equal(*noises)
+
+
 def test_secure_mode_and_resumed_runs_reach_the_noise():
     _, _, engine = attached(secure_mode=True, noise_multiplier=1.0)
     assert isinstance(engine._private.noise.noise, SecureNoise)

@@ -418,6 +418,56 @@ def test_the_callback_in_a_plain_trainer(tmp_path):
     wrapped.remove_hooks()
 
 
+@pytest.mark.parametrize("restore", [False, True])
+def test_the_callback_in_a_plain_trainer_that_resumes(tmp_path, restore):
+    for steps in (2, 4):
+        model = bert()
+        optimizer = DPOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
+        )
+        callback = DPCallback(target_delta=1e-3, accountant="rdp")
+        optimizer.accountant, optimizer.sample_rate = callback.accountant, 4 / 16
+        wrapped = GradSampleModule(model)
+        run = transformers.Trainer(
+            model,
+            arguments(
+                tmp_path, gradient_accumulation_steps=1, per_device_train_batch_size=4, max_grad_norm=0.0,
+                save_strategy="steps", save_steps=2, max_steps=steps, restore_callback_states_from_checkpoint=restore,
+            ),
+            train_dataset=classified(16),
+            data_collator=pad,
+            optimizers=(optimizer, None),
+            callbacks=[callback],
+        )  # fmt: skip
+        run.train(resume_from_checkpoint=steps == 4)
+        wrapped.remove_hooks()
+    whole = DPCallback(target_delta=1e-3, accountant="rdp", history=[(1.0, 0.25, 4)])
+    assert run.state.log_history[-1]["epsilon"] == whole.epsilon()
+    assert optimizer.accountant.history == whole.accountant.history
+
+
+def test_no_random_state_is_saved_that_counts_the_records(tmp_path):
+    trainer(tmp_path, records=16, save_strategy="steps", save_steps=2).train()
+    saved = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert "optimizer.pt" in saved and not [name for name in saved if "rng" in name]
+
+
+def test_a_loss_that_is_not_used_in_training_is_said(tmp_path, recwarn):
+    class Own(DPTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    class Both(Own):
+        def compute_per_sample_loss(self, model, inputs):
+            return super().compute_per_sample_loss(model, inputs)
+
+    for cls in (DPTrainer, Both):
+        trainer(tmp_path, cls=cls)
+    assert not [w for w in recwarn if "compute_loss" in str(w.message)]
+    with pytest.warns(UserWarning, match="Own.compute_loss is used in evaluation only"):
+        trainer(tmp_path, cls=Own)
+
+
 def test_a_seeded_run_that_resumes_repeats_nothing(tmp_path):
     """The seed is the same; what it gave was used up by the first part."""
     options = {"records": 16, "generator": torch.Generator().manual_seed(9), "num_train_epochs": 1}
