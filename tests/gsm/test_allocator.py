@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from torch import nn
+
+from gsm import GradSampleModule
 
 TURNS = """
 import resource
@@ -40,3 +43,10 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(limit):
     before, after = map(int, run.stdout.split())
     assert before > 100
     assert (after > before // 2) if limit else (after < before // 10)
+
+
+def test_wrapping_a_model_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr("gsm.wrapper.keep_freed_memory", lambda: said.append(True))
+    GradSampleModule(nn.Linear(3, 2))
+    assert said
