@@ -12,7 +12,6 @@ from opacus.grad_sample import GradSampleHooks as OpacusHooks
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from gsm.allocator import keep_freed_memory
 from gsm.capture import CapturedForward
 from gsm.compiled import EAGER
 from gsm.layout import SamplesInfluenceEachOther
@@ -84,8 +83,6 @@ class GradSampleModule(AbstractGradSampleModule):
         if strict:
             self.validate(model, strict=True)
         super().__init__(model, batch_first=batch_first, loss_reduction=loss_reduction)
-        if any(p.is_cpu for p in model.parameters()):
-            keep_freed_memory()
         self.strict, self.force_functorch = strict, force_functorch
         self.mode = "functorch" if force_functorch else mode
         self.memory_budget = memory_budget
