@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, Sampler
@@ -24,7 +24,7 @@ class Passes(Sampler[Any]):
     passes, counts every pass that had a release, and a record takes part at most once in each.
     """
 
-    def __init__(self, order: Iterable[Any]):
+    def __init__(self, order: Any):
         self.order = order
         #: Batches (or single records, of a loader without batches) drawn so far.
         self.drawn = 0
@@ -44,7 +44,7 @@ class Passes(Sampler[Any]):
         return self._drawing
 
     def __len__(self) -> int:
-        return len(self.order)  # type: ignore[arg-type]
+        return len(self.order)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "order":

@@ -140,9 +140,9 @@ def test_two_passes_at_once_count_as_two():
 def test_what_a_pass_lacks_is_charged_at_its_least_noise():
     model, optimizer, loader, engine = trained()
     train(model, optimizer, loader)
+    batches = iter(loader)
     for noise in (4.0, 3.0, 5.0):
         optimizer.noise_multiplier = noise
-        batches = iter(loader) if noise == 4.0 else batches  # noqa: F821 - made in the first round
         (x,) = next(batches)
         optimizer.zero_grad()
         model(x).square().mean().backward()
