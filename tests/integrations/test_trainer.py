@@ -396,7 +396,8 @@ def test_privacy_arguments():
         PrivacyArguments(noise_multiplier=1.0, target_delta=0.0)
 
 
-def test_the_callback_in_a_plain_trainer(tmp_path):
+def in_a_plain_trainer(tmp_path, **options):
+    """A `Trainer` of transformers' own with a private optimizer, the callback, and the wrapper."""
     model = bert()
     optimizer = DPOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
@@ -404,14 +405,20 @@ def test_the_callback_in_a_plain_trainer(tmp_path):
     callback = DPCallback(target_delta=1e-3, accountant="rdp")
     optimizer.accountant, optimizer.sample_rate = callback.accountant, 4 / 16
     wrapped = GradSampleModule(model)
+    options = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "max_grad_norm": 0.0, **options}
     run = transformers.Trainer(
         model,
-        arguments(tmp_path, gradient_accumulation_steps=1, per_device_train_batch_size=4, max_grad_norm=0.0),
+        arguments(tmp_path, **options),
         train_dataset=classified(16),
         data_collator=pad,
         optimizers=(optimizer, None),
         callbacks=[callback],
     )
+    return run, optimizer, callback, wrapped
+
+
+def test_the_callback_in_a_plain_trainer(tmp_path):
+    run, _, callback, wrapped = in_a_plain_trainer(tmp_path)
     run.train()
     assert callback.accountant.history == [(1.0, 0.25, 4)]
     assert run.state.log_history[-1]["epsilon"] == callback.epsilon() > 0
@@ -421,23 +428,9 @@ def test_the_callback_in_a_plain_trainer(tmp_path):
 @pytest.mark.parametrize("restore", [False, True])
 def test_the_callback_in_a_plain_trainer_that_resumes(tmp_path, restore):
     for steps in (2, 4):
-        model = bert()
-        optimizer = DPOptimizer(
-            torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4
-        )
-        callback = DPCallback(target_delta=1e-3, accountant="rdp")
-        optimizer.accountant, optimizer.sample_rate = callback.accountant, 4 / 16
-        wrapped = GradSampleModule(model)
-        run = transformers.Trainer(
-            model,
-            arguments(
-                tmp_path, gradient_accumulation_steps=1, per_device_train_batch_size=4, max_grad_norm=0.0,
-                save_strategy="steps", save_steps=2, max_steps=steps, restore_callback_states_from_checkpoint=restore,
-            ),
-            train_dataset=classified(16),
-            data_collator=pad,
-            optimizers=(optimizer, None),
-            callbacks=[callback],
+        run, optimizer, _, wrapped = in_a_plain_trainer(
+            tmp_path, save_strategy="steps", save_steps=2, max_steps=steps,
+            restore_callback_states_from_checkpoint=restore,
         )  # fmt: skip
         run.train(resume_from_checkpoint=steps == 4)
         wrapped.remove_hooks()
