@@ -28,7 +28,7 @@ from gsm.journal import Journal
 from gsm.loader import DPDataLoader
 from gsm.noise import GaussianNoise
 from gsm.passes import passes_of, unwatched
-from gsm.physical_batches import PhysicalBatchLoader
+from gsm.physical_batches import PhysicalBatchLoader, logical_batches
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
 CALIBRATION = ("alphas", "eps_error", "delta_error", "epsilon_tolerance")
@@ -127,7 +127,7 @@ class PrivacyEngine:
         """
         if noise_generator is not None and self.secure_mode:
             raise ValueError("Passing seed is prohibited in secure mode: noise_generator must be None")
-        data_loader = unwatched(data_loader)
+        data_loader = unwatched(logical_batches(data_loader))
         preparation.check_parameters(module, optimizer)
         preparation.check_assumption(self.accountant, poisson_sampling, data_loader)
         distributed = preparation.is_distributed(module)

@@ -1,16 +1,18 @@
 """Losses computed outside of the model: does one sample's loss, or its weight, depend on other samples?
 
-Clipping bounds what one record changes only if every sample's loss is its own. The loss of the ordinary loop is seen
-from inside by the gradient that it sends back to the model's output (:mod:`gsm.loss_shares`); a vector handed to
-``step(loss=)`` is differentiated, half of its entries at a time, with respect to the outputs of the other half. Both
-are done in the first batches and in a few later ones; between them nothing is installed but a counter.
+Clipping bounds what one record changes only if every sample's loss is its own. The loss of the ordinary loop is
+differentiated twice before its backward (:mod:`gsm.loss_influence`), and the gradient that it sends back to the model's
+output shows what it weighs the samples with (:mod:`gsm.loss_shares`); a vector handed to ``step(loss=)`` is
+differentiated, half of its entries at a time, with respect to the outputs of the other half. All of this is done in the
+first batches and in a few later ones; between them nothing is installed but a counter.
 
-What is refused is wrong. What is not refused need not be right: labels that change a loss other than cross entropy,
-and scalar losses that compare samples, leave no such trace. ``verify(model, inputs, loss=...)`` shows those.
+What is refused is wrong. What is not refused need not be right: labels that change a loss other than cross entropy, and
+weights made of detached outputs, leave no such trace. ``verify(model, inputs, loss=...)`` shows those.
 """
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Sequence
@@ -20,14 +22,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from gsm import ledger
+from gsm import ledger, loss_roots
 from gsm.layout import SamplesInfluenceEachOther
+from gsm.loss_influence import NotJudged, Outputs, influence
 from gsm.loss_shares import HISTORY, Rows, Shares, depends_on_neighbours, other_reduction
 from gsm.structures import tensors_in
 from gsm.tape import Tape
 
 FIRST, THEN = 8, 64  # the first forwards, and every so many afterwards
 MOST_CLASSES = 1 << 20
+MOST_ENTRIES = 1 << 24
+"""Entries of a loss's outputs beyond which it is not differentiated twice, which takes several times their memory."""
 _MARK = "gsm.loss_check"
 _CHECKS: weakref.WeakKeyDictionary[Tape, weakref.ref[LossCheck]] = weakref.WeakKeyDictionary()
 
@@ -49,6 +54,26 @@ ENTRIES = (
     "batch. No clipping of single records makes such a loss private. Compute every entry from its own sample's "
     "outputs, as gsm.transformers.per_sample_loss does."
 )
+COMPARES = (
+    "the loss compares samples: {how}. Contrastive losses (in-batch negatives), rankings, the batch's hardest samples, "
+    "the root of a mean, variances and other statistics of a batch do that. What one record changes is then no longer "
+    "bounded by clipping its own gradient. Use a mean (or sum) of terms that each depend on one sample's outputs: "
+    "compare with a constant bank or with classes instead of the batch, take roots within each sample."
+)
+
+UNJUDGED = (
+    "Whether the loss compares samples could not be told, as it cannot be differentiated twice ({error}). If each of "
+    "its terms is made of one sample's outputs, all is well: gsm.verify(model, inputs, loss=...) shows it."
+)
+
+
+class Mark:
+    """What an output was, left in the graph at its place."""
+
+    __slots__ = ("check", "size", "dims", "entries", "__weakref__")
+
+    def __init__(self, check: LossCheck, size: int, dims: list[int], entries: int):
+        self.check, self.size, self.dims, self.entries = weakref.ref(check), size, dims, entries
 
 
 class LossCheck:
@@ -60,7 +85,7 @@ class LossCheck:
     """
 
     def __init__(self, module: nn.Module | None = None, tape: Tape | None = None):
-        self.tape, self.forwards, self.paused = tape, 0, False
+        self.tape, self.forwards, self.judged, self.paused, self.said = tape, 0, 0, False, False
         self.history: dict[int, deque[Shares]] = {}
         self.fresh: list[int] = []
         self._handle: Any = None
@@ -84,6 +109,8 @@ class LossCheck:
         tape = self.tape
         if tape is None or not tape.groups or not tape.enabled or not torch.is_grad_enabled():
             return
+        if tape.inside is not None:  # the model as a whole, run for one sample
+            return
         self.forwards += 1
         if self.forwards > FIRST and self.forwards % THEN:
             return
@@ -99,7 +126,8 @@ class LossCheck:
         if not dims:
             return
         marks: Any = x.grad_fn.metadata  # type: ignore[union-attr]
-        marks.setdefault(_MARK, {})[x.output_nr] = (size, dims)
+        marks.setdefault(_MARK, {})[x.output_nr] = mark = Mark(self, size, dims, x.numel())
+        loss_roots.wait(mark, compare)
         if x.dim() < 2 or dims[0] != batch_dim:
             return
         views = [lambda t: t.movedim(batch_dim, 0)]
@@ -150,15 +178,15 @@ class LossCheck:
             SamplesInfluenceEachOther: an entry that depends on another sample's outputs.
         """
         size = len(loss)
-        edges, dims = _marked(loss, size)
-        if size < 2 or not edges:
+        marked = [(edge, mark.dims) for edge, mark in _marked([loss]) if mark.size == size]
+        if size < 2 or not marked:
             return
         bit = self.forwards % (size - 1).bit_length()  # halves that in time part every two samples
         half = (torch.arange(size, device=loss.device) >> bit) % 2 == 0
         self.paused = True
         try:
             for own in (half, ~half):
-                for edge, where in zip(edges, dims, strict=True):
+                for edge, where in marked:
                     other = _reached(loss[own].sum(), edge, where, ~own)
                     if other is not None:
                         raise SamplesInfluenceEachOther(_naming(loss, edge, where, own, other))
@@ -174,9 +202,48 @@ def check_entries(params: Sequence[nn.Parameter], loss: Tensor) -> None:
         check.entries(loss)
 
 
-def _marked(loss: Tensor, size: int) -> tuple[list[GradientEdge], list[list[int]]]:
-    """The outputs of watched forwards in a loss's graph, and the dimensions where their batch may lie."""
-    edges, dims, seen, stack = [], [], set(), [loss.grad_fn]
+def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
+    """Asked before a backward that begins with ``roots``: whether they are the samples' own losses.
+
+    Raises:
+        SamplesInfluenceEachOther: a loss that compares samples.
+    """
+    if not all(isinstance(root, Tensor) for root in roots):
+        return
+    marked = _marked(roots)
+    if not again:
+        for _, mark in marked:
+            loss_roots.done(mark)
+    checks = list(dict.fromkeys(check for check in (mark.check() for _, mark in marked) if check is not None))
+    if not checks or any(check.paused for check in checks) or sum(mark.entries for _, mark in marked) > MOST_ENTRIES:
+        return
+    # At first by as many halves as part every two samples, later by one at a time.
+    judged = max(check.judged for check in checks)
+    edges, sizes = [edge for edge, _ in marked], [mark.size for _, mark in marked]
+    for check in checks:
+        check.paused, check.judged = True, judged + 1
+    try:
+        # Where the batch may lie in either dimension, one of them in which samples are apart is enough.
+        found = [
+            influence(roots, grads, Outputs(edges, sizes, dims), judged or None)
+            for dims in sorted({tuple(mark.dims[at] for _, mark in marked) for at in (0, -1)})
+        ]
+    except NotJudged as error:
+        found = []
+        if not any(check.said for check in checks):
+            warnings.warn(UNJUDGED.format(error=error), stacklevel=4)
+        for check in checks:
+            check.said = True
+    finally:
+        for check in checks:
+            check.paused = False
+    if found and all(found):
+        raise SamplesInfluenceEachOther(COMPARES.format(how=found[0]))
+
+
+def _marked(roots: Sequence[Tensor]) -> list[tuple[GradientEdge, Mark]]:
+    """The outputs of watched forwards in the graph of ``roots``."""
+    found, seen, stack = [], set(), [root.grad_fn for root in roots]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -184,13 +251,10 @@ def _marked(loss: Tensor, size: int) -> tuple[list[GradientEdge], list[list[int]
         seen.add(node)
         metadata: Any = node.metadata
         marks = metadata.get(_MARK, {})
-        for number, (own_size, where) in marks.items():
-            if own_size == size:
-                edges.append(GradientEdge(node, number))
-                dims.append(where)
+        found += [(GradientEdge(node, number), mark) for number, mark in marks.items()]
         if not marks:
             stack += [n for n, _ in node.next_functions]
-    return edges, dims
+    return found
 
 
 def _reached(value: Tensor, edge: GradientEdge, dims: list[int], others: Tensor) -> int | None:

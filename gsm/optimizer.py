@@ -32,7 +32,7 @@ from gsm.optimizer_checks import (
     checked_rate,
 )
 from gsm.optimizer_interface import OptimizerInterface
-from gsm.passes import Passes
+from gsm.passes import Passes, lacking
 from gsm.release import PendingRelease
 from gsm.secure_noise import SecureNoise
 
@@ -157,9 +157,9 @@ class DPOptimizer(OptimizerInterface):
         if len(batches) > 1:
             self._warn_once(ACCUMULATED.format(n=len(batches)))
         tape = ledger.tape_of(params[0])
-        if tape is not None and tape.more_rows and not isinstance(self.clipping, UserClipping):
-            rows, records = tape.more_rows
-            self._warn_once(MORE_ROWS.format(rows=rows, records=records))
+        more_rows = self._more_rows(batches, None if tape is None else tape.more_rows)
+        if more_rows and not isinstance(self.clipping, UserClipping):
+            self._warn_once(MORE_ROWS.format(rows=more_rows[0], records=more_rows[1]))
         with torch.no_grad():
             clipped = [self.clipping.clip(batch) for batch in batches]
         self._compare_users(tape.records if tape is not None else 0, len(clipped[-1].groups))
@@ -279,8 +279,8 @@ class DPOptimizer(OptimizerInterface):
         if self.accountant is None:
             return
         rate = min(1.0, checked_rate(self.accountant, self.sample_rate) * self._pending.samples)
-        before = self.sampler.lacking(self.accountant.history) if isinstance(self.sampler, Passes) else None
-        for noise_multiplier, sample_rate in ([before] if before else []) + [(self.noise_multiplier, rate)]:
+        before = lacking(self.sampler, self.accountant)
+        for noise_multiplier, sample_rate in [*before, (self.noise_multiplier, rate)]:
             if self.journal is not None:
                 self.journal.record(noise_multiplier=noise_multiplier, sample_rate=sample_rate)
             self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate)

@@ -34,7 +34,12 @@ OVERLAPPING = (
     "make_private() and call step() for every piece; call discard_pending() before another pass begins."
 )
 
-
+JOINED = (
+    "virtual_step() joined {parts} parts of {rows} records in all to one logical batch, where {expected:g} records are "
+    "expected: parts left over by an epoch that ended within a logical batch? A record that is in the next epoch's "
+    "first parts, too, contributes twice the bound. Call discard_pending() before another pass begins (and after the "
+    "last step), or take a step() for what is left."
+)
 SCALED = (
     "torch's GradScaler cannot drive a private optimizer: it skips the steps in which some gradient overflowed, which "
     "tells something about single records without noise, and it multiplies the gradients that are to be clipped. Use "

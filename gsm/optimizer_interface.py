@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any, Protocol
 
@@ -14,8 +14,10 @@ from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch.utils.hooks import RemovableHandle
 
 from gsm.clipping import Clipping
+from gsm.ledger import PerSampleGradients
 from gsm.noise import Noise
-from gsm.optimizer_checks import LARGER, SCALED, SHARED, UNDRAWN
+from gsm.optimizer_checks import JOINED, LARGER, SCALED, SHARED, UNDRAWN
+from gsm.passes import Passes
 from gsm.release import PendingRelease
 
 
@@ -36,6 +38,8 @@ class OptimizerInterface(OpacusDPOptimizer):
     _pending: PendingRelease
     _accountant: Accountant | None = None
     sample_rate: float | None
+    independent_batches: bool
+    loss_reduction: str
     #: True where a :class:`gsm.PrivacyEngine` made this optimizer and reads the account that it charges.
     of_engine = False
 
@@ -75,13 +79,36 @@ class OptimizerInterface(OpacusDPOptimizer):
         records, rows, rate = self.records, self._pending.largest, self.sample_rate or 0.0
         if records is not None and rows > rate * records * (1 + 1e-9):
             raise ValueError(LARGER.format(rows=rows, records=records, rate=rate, share=rows / records))
-        if self.sampler is None:
+        if self.sampler is None and not self.independent_batches:
+            self._compare_parts()
+        if self.sampler is None or not getattr(self.sampler, "counted", True):
             return
         self._unused_draws += self.sampler.drawn - self._seen_draws - self._pending.samples
         self._seen_draws = self.sampler.drawn
         if self._unused_draws < 0:
             self._unused_draws = 0
             self._warn_once(UNDRAWN)
+
+    def _compare_parts(self) -> None:
+        """Says if the parts of a logical batch hold more records than one has, where nothing else is known of them.
+
+        Parts of one size are cut from fixed batches, which hold ``expected_batch_size`` at most; the number of records
+        in a Poisson sample of that expectation exceeds the other limit once in 10^9 (Bernstein's inequality).
+        """
+        parts, expected = self._pending.parts, self.expected_batch_size
+        if expected is None or self.loss_reduction != "mean" or len(parts) < 2:
+            return
+        limit = expected if len(set(parts)) == 1 else expected + 6.5 * math.sqrt(expected) + 15
+        if sum(parts) > limit * (1 + 1e-9):
+            self._warn_once(JOINED.format(rows=sum(parts), parts=len(parts), expected=expected))
+
+    def _more_rows(
+        self, batches: Sequence[PerSampleGradients], of_drawn: tuple[int, int] | None
+    ) -> tuple[int, int] | None:
+        """(rows, records) of a batch with more rows than the loader's batches have records; ``of_drawn`` if drawn."""
+        most = getattr(self.sampler, "batch_size", None) if isinstance(self.sampler, Passes) else None
+        rows = max(batch.batch_size for batch in batches)
+        return (rows, most) if most is not None and rows > most else of_drawn
 
     def begin_sample(self) -> None:
         """A batch was drawn by itself: records of an earlier one can be in it, whatever was said to join the two."""

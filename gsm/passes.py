@@ -24,8 +24,10 @@ class Passes(Sampler[Any]):
     passes, counts every pass that had a release, and a record takes part at most once in each.
     """
 
-    def __init__(self, order: Any):
+    def __init__(self, order: Any, counted: bool = True):
         self.order = order
+        #: Whether the account is in passes. If not, a batch may well be used again, and only where a pass ends matters.
+        self.counted = counted
         #: Batches (or single records, of a loader without batches) drawn so far.
         self.drawn = 0
         self._begun = self._drawing = 0
@@ -58,6 +60,8 @@ class Passes(Sampler[Any]):
         Args:
             history: entries ``(noise_multiplier, sample_rate, num_steps)``.
         """
+        if not self.counted:
+            return None
         before, self._charged = self._charged, self._drawing
         epochs = math.fsum(rate * steps for _, rate, steps in history)
         missing = math.ceil(epochs * (1 - 1e-9)) - epochs
@@ -72,12 +76,18 @@ class Passes(Sampler[Any]):
         return min(noises), missing
 
 
-def watched(loader: DataLoader) -> DataLoader:
-    """The same loader, its passes watched; the one handed in stays as it is."""
+def lacking(sampler: Any, accountant: Any) -> list[tuple[float, float]]:
+    """The charges (noise multiplier, rate) that must precede the next release, if ``sampler`` watches passes."""
+    before = sampler.lacking(accountant.history) if isinstance(sampler, Passes) else None
+    return [before] if before else []
+
+
+def watched(loader: DataLoader, counted: bool) -> DataLoader:
+    """The same loader, its passes watched (see :class:`Passes`); the one handed in stays as it is."""
     found = copy.copy(loader)
     name = "sampler" if loader.batch_sampler is None else "batch_sampler"
     # torch forbids to assign these, as a loader's iterators would not follow; a copy has none yet.
-    found.__dict__.update({name: Passes(getattr(loader, name)), "_iterator": None, "_unwatched": loader})
+    found.__dict__.update({name: Passes(getattr(loader, name), counted), "_iterator": None, "_unwatched": loader})
     return found
 
 

@@ -89,6 +89,7 @@ class PhysicalBatchLoader(DataLoader):
         self.max_physical_batch_size, self.optimizer, self.lookahead = max_physical_batch_size, optimizer, lookahead
         if hasattr(loader, "sample_rate"):
             self.sample_rate = loader.sample_rate
+        self.logical = loader
         self._pieces = _Pieces(loader.batch_sampler, max_physical_batch_size)
         self._inner = DataLoader(loader.dataset, batch_sampler=self._pieces, **options)
         self._pass = 0
@@ -136,6 +137,11 @@ class PhysicalBatchLoader(DataLoader):
                 "looked at belong under torch.no_grad(). If something between this loader and the loop fetches ahead, "
                 "set loader.lookahead to the number of batches it holds."
             )
+
+
+def logical_batches(loader: Any) -> Any:
+    """The loader whose batches ``loader`` hands out in pieces, or ``loader`` itself."""
+    return loader.logical if isinstance(loader, PhysicalBatchLoader) else loader
 
 
 class BatchMemoryManager:

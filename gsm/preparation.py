@@ -25,7 +25,7 @@ from gsm.clipping import Clipping
 from gsm.loader import POISSON_SAMPLERS, DPDataLoader, batches_per_epoch, with_secure_shuffle
 from gsm.optimizer import CLIPPING, DPOptimizer
 from gsm.optimizer_checks import UNDRAWN
-from gsm.passes import BY_PASSES, passes_of, watched
+from gsm.passes import BY_PASSES, lacking, passes_of, watched
 from gsm.wrapper import MODES, GradSampleModule
 
 # `isinstance(ours, opacus.accountants.IAccountant)` holds: the interface is the same.
@@ -180,7 +180,7 @@ def private_loader(
     rand_on_empty: bool = False,
 ) -> Any:
     """A Poisson loader, or with ``poisson_sampling=False`` the loader as it is (shuffling securely in secure mode, and
-    with its passes watched if the accountant counts these)."""
+    with its passes watched if the accountant says that a record is in each)."""
     if poisson_sampling:
         return DPDataLoader.from_data_loader(
             loader,
@@ -192,7 +192,8 @@ def private_loader(
     if not hasattr(loader, "dataset"):
         raise TypeError(f"the loader must be a torch.utils.data.DataLoader, got {type(loader).__name__}")
     loader = with_secure_shuffle(loader) if secure_mode else loader
-    return watched(loader) if getattr(accountant, "sampling", None) in BY_PASSES else loader
+    assumed = getattr(accountant, "sampling", None)
+    return watched(loader, assumed in BY_PASSES) if assumed in (*BY_PASSES, "unsampled") else loader
 
 
 def check_assumption(accountant: Any, poisson_sampling: bool, loader: Any) -> None:
@@ -278,11 +279,10 @@ def charging(accountant: Any, loader: Any, sample_rate: float) -> Callable[[Any]
     def hook(optimizer: Any) -> None:
         nonlocal releases
         releases += 1
-        if releases > getattr(sampler, "drawn", releases):
+        if getattr(sampler, "counted", True) and releases > getattr(sampler, "drawn", releases):
             warnings.warn(UNDRAWN, stacklevel=2)
-        before = None if passes is None else passes.lacking(accountant.history)
-        if before:
-            accountant.step(noise_multiplier=before[0], sample_rate=before[1])
+        for noise_multiplier, rate in lacking(passes, accountant):
+            accountant.step(noise_multiplier=noise_multiplier, sample_rate=rate)
         charge(optimizer)
 
     return hook

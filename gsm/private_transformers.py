@@ -7,7 +7,8 @@ of a logical batch. Parameter sharing (tied embeddings, ALBERT) needs no prepara
 Formal guarantee: as in :class:`gsm.optimizer.DPOptimizer`. The engine does not see the data loader. That every record
 is in a batch with probability at most `batch_size / sample_size`, independently of the others (Poisson sampling), and
 that the parts joined by `virtual_step` hold different records, are therefore assumptions; :mod:`gsm.sampling` draws
-such batches. For shuffled batches of fixed size, as in that library's own examples, epsilon is an approximation.
+such batches. An epoch that ends within a logical batch is followed by `optimizer.discard_pending()`, or by a step. For
+shuffled batches of fixed size, as in that library's own examples, epsilon is an approximation.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ ASSUMPTION = (
     "your batches are drawn. gsm.loader.DPDataLoader.from_data_loader(loader) draws them so; for shuffled batches of "
     "fixed size the number is an approximation, not a guarantee."
 )
-_ADDED = ("step", "zero_grad", "virtual_step", "get_privacy_spent", "get_training_stats", "privacy_engine")
+_ADDED = (
+    "step", "zero_grad", "virtual_step", "discard_pending", "get_privacy_spent", "get_training_stats", "privacy_engine"
+)  # fmt: skip
 
 
 class PrivacyEngine:
@@ -302,6 +305,7 @@ def _patch(optimizer: Optimizer, private: DPOptimizer, engine: PrivacyEngine) ->
     added.step = types.MethodType(step, optimizer)
     added.zero_grad = types.MethodType(zero_grad, optimizer)
     added.virtual_step = types.MethodType(virtual_step, optimizer)
+    added.discard_pending = private.discard_pending
     added.get_privacy_spent, added.get_training_stats = engine.get_privacy_spent, engine.get_training_stats
     added.privacy_engine = engine
 

@@ -2,13 +2,15 @@
 
 A buffer that follows the data (a running mean, a codebook, a cache) is part of the state dict and leaves the training
 without noise; so does a parameter that the forward writes to, frozen or not (a codebook, scales set from the first
-batch). What changes in the same way whatever the data are (counters, the power iteration of spectral normalisation) is
-fine. What is written only once, without a buffer that says so, is over before this looks; what is written for the first
-time later is said when it happens.
+batch), and what a module adds to the state dict by `get_extra_state`. What changes in the same way whatever the data
+are (counters, the power iteration of spectral normalisation) is fine. What is written only once, without a buffer that
+says so, is over before this looks; what is written for the first time later is said when it happens.
 """
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -84,6 +86,54 @@ class Written:
                     warnings.warn(LATE.format(name=path), stacklevel=6)
 
 
+class ExtraStates:
+    """What modules add to the state dict by `get_extra_state`, where `set_extra_state` can put it back."""
+
+    def __init__(self, model: nn.Module):
+        own = [
+            (path, m)
+            for path, m in model.named_modules()
+            if type(m).get_extra_state is not nn.Module.get_extra_state
+            and type(m).set_extra_state is not nn.Module.set_extra_state
+        ]
+        self._devices = _devices(model)
+        self._held = [(path, m, copy.deepcopy(m.get_extra_state())) for path, m in own]
+
+    def restore(self) -> None:
+        """Puts back what was found."""
+        for _, m, state in self._held:
+            m.set_extra_state(copy.deepcopy(state))
+
+    def check(self, run: Callable[[Any], None], inputs: Any) -> None:
+        """Runs the model on ``inputs`` and on others, and compares; the states are put back.
+
+        Raises:
+            DataInBuffers: names the module.
+        """
+        if not self._held:
+            return
+        found = []
+        for values in (inputs, _others(inputs)):
+            self.restore()
+            with torch.random.fork_rng(devices=self._devices):
+                run(values)
+            found.append([_frozen(m.get_extra_state()) for _, m, _ in self._held])
+        self.restore()
+        for (path, m, _), a, b in zip(self._held, *found, strict=True):
+            if a != b:
+                raise DataInBuffers(
+                    f"What get_extra_state() of {path or 'the model'} ({type(m).__name__}) returns changes with the "
+                    "data seen in training. It is in the state dict without noise, and no epsilon covers it: switch "
+                    "its update off, leave it out of the state dict, or fix it with public data before training."
+                )
+
+
+def _frozen(state: Any) -> bytes:
+    """Equal where the states are."""
+    numbers = tree_map(lambda x: x.detach().cpu().numpy() if isinstance(x, Tensor) else x, state)
+    return pickle.dumps(numbers)
+
+
 class DataInBuffers(ValueError):
     """A buffer or parameter of the model changes with the data, and no noise covers it."""
 
@@ -107,7 +157,7 @@ def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, wri
     owners += written
     if not owners:
         return
-    devices = sorted({b.device.index or 0 for b in model.buffers() if b.is_cuda})
+    devices = _devices(model)
     before = [held[name].detach().clone() for *_, held, name in owners]
     parameters = [(held, name, held[name], held[name].detach().clone()) for *_, held, name in written]
 
@@ -124,7 +174,7 @@ def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, wri
     first = after(inputs)
     if all(map(_equal, first, before)):
         return
-    others = tree_map(_other, inputs, is_leaf=lambda x: isinstance(x, PackedSequence))
+    others = _others(inputs)
     for (path, module, held, name), a, b in zip(owners, first, after(others), strict=True):
         if not _equal(a, b):
             where = f"{path}.{name}" if path else name
@@ -154,6 +204,14 @@ def _mark(p: Tensor) -> tuple[int, int, float]:
 
 def _version(x: Tensor) -> int:
     return 0 if x.is_inference() else x._version
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
+
+
+def _others(inputs: Any) -> Any:
+    return tree_map(_other, inputs, is_leaf=lambda x: isinstance(x, PackedSequence))
 
 
 def _other(x: Any) -> Any:

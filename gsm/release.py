@@ -30,6 +30,8 @@ class PendingRelease:
         self.largest = 0
         #: Whether the next physical batch is another part of the current sample.
         self.joins = False
+        #: Rows of each physical batch of the sample under way.
+        self.parts: list[int] = []
         self._earlier = 0.0
         self._current = 0.0
         self._pass = self._rows = 0
@@ -56,13 +58,15 @@ class PendingRelease:
 
     def add(self, params: Sequence[nn.Parameter], sums: Sequence[Tensor], clipped: Clipped) -> None:
         """Adds one physical batch: the weighted sums of ``params`` and what clipping said about them."""
+        rows = clipped.weights.shape[-1]
+        self.parts = [*self.parts, rows] if self.joins else [rows]
         if self.joins:
             self._current = max(self._current, clipped.sensitivity)
-            self._rows += clipped.weights.shape[-1]
+            self._rows += rows
             self._groups |= clipped.groups
         else:
             self._earlier += self._current
-            self._current, self._rows = clipped.sensitivity, clipped.weights.shape[-1]
+            self._current, self._rows = clipped.sensitivity, rows
             self._groups = clipped.groups
             self.samples += 1
             self.statistic_sensitivity += clipped.statistic_sensitivity

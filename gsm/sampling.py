@@ -146,6 +146,14 @@ def drawn_once(used: Used | None, words: Words) -> Iterator[None]:
     used.add(generator)
 
 
+def words_of(sampler: PoissonSampler | DistributedPoissonSampler) -> Words:
+    """Where its batches come from. A copy in another process (after a fork, or sent there) would draw the same ones."""
+    if sampler._process != os.getpid():
+        sampler.refresh()
+        sampler._process = os.getpid()
+    return Words(sampler.generator, sampler.secure_mode)
+
+
 def poisson_batch(words: Words, population: int, threshold: int) -> np.ndarray:
     """Indices of one Poisson batch out of ``population`` records, ascending; empty if nobody was drawn."""
     drawn = []
@@ -191,7 +199,7 @@ class PoissonSampler(UniformWithReplacementSampler):
             raise ValueError(f"num_samples must be a positive number of records (empty dataset?), got {num_samples}")
         self.num_samples, self.sample_rate = num_samples, sample_rate
         self.threshold = inclusion_threshold(sample_rate)
-        self.generator, self.secure_mode = generator, secure_mode
+        self.generator, self.secure_mode, self._process = generator, secure_mode, os.getpid()
         self.steps = steps_per_epoch(sample_rate) if steps is None else steps
 
     def __len__(self) -> int:
@@ -204,7 +212,7 @@ class PoissonSampler(UniformWithReplacementSampler):
     def __iter__(self) -> Iterator[list[int]]:
         sizes, begun = self.sizes, set[int]()
         for step in range(self.steps):
-            words = Words(self.generator, self.secure_mode)  # reads self.generator late: it may have been switched
+            words = words_of(self)  # for every batch: the generator may have been switched
             if self.used is not None and words.again(begun):
                 warnings.warn(AGAIN, stacklevel=2)
             with drawn_once(self.used if step == 0 else None, words):  # once per pass: it takes its time
@@ -253,7 +261,7 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
             raise ValueError(f"total_size must be a positive number of records (empty dataset?), got {total_size}")
         self.total_size, self.sample_rate = total_size, sample_rate
         self.threshold = inclusion_threshold(sample_rate)
-        self.generator, self.secure_mode = generator, secure_mode
+        self.generator, self.secure_mode, self._process = generator, secure_mode, os.getpid()
         self.num_replicas, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.shuffle, self.shuffle_seed, self.epoch = shuffle, shuffle_seed, 0
         self.num_samples = len(range(self.rank, total_size, self.num_replicas))
@@ -275,7 +283,7 @@ class DistributedPoissonSampler(DistributedUniformWithReplacementSampler):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         shard = self.shard()
-        source = Words(self.generator, self.secure_mode)
+        source = words_of(self)
         with drawn_once(self.used, source):
             words = source.fork(self.rank)
         sizes = self.sizes

@@ -22,7 +22,7 @@ from gsm.layers import run_sampler
 from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
 from gsm.probe import probe
-from gsm.probe_buffers import Parameters, Written, check_buffers
+from gsm.probe_buffers import ExtraStates, Parameters, Written, check_buffers
 from gsm.reentrant import cut_off
 from gsm.structures import tensors_in
 from gsm.subtree import VmapFails, run_subtree
@@ -164,11 +164,14 @@ class CapturePlan:
             warn_if_compiled(self.root)
             root = self.capture.forwards[""]
             parameters = Parameters(self.root) if self.strict else None
+            extra = ExtraStates(self.root)
             probe(self.capture, root, args, kwargs, size, self.strict)
+            extra.restore()
             if parameters is not None:
                 with undisturbed(self.root), torch.no_grad():
                     run, written = (lambda values: root.original(*values[0], **values[1])), parameters.written()
                     check_buffers(self.root, run, (args, kwargs), written)
+                    extra.check(run, (args, kwargs))
             self.probed[kind] = self.tape.layouts
         self.tape.layouts = self.probed.get(kind, {})
         return new

@@ -91,6 +91,39 @@ def test_a_parameter_that_the_forward_writes_no_data_to_is_fine(what):
     step(model, optimizer, X, Y)
 
 
+class Remembering(nn.Module):
+    """Adds to the state dict what is no tensor of the module."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.layer, self.what, self.calls, self.mean = nn.Linear(FEATURES, 3), what, 0, torch.zeros(FEATURES)
+
+    def forward(self, x):
+        self.calls += 1
+        if self.what == "mean":
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        return self.layer(x)
+
+    def get_extra_state(self):
+        return {"calls": self.calls, "mean": self.mean}
+
+    def set_extra_state(self, state):
+        self.calls, self.mean = state["calls"], state["mean"]
+
+
+def test_extra_state_that_follows_the_data_is_refused():
+    """Guard: ``probe_buffers.ExtraStates``; it is in the state dict. Counters are fine, a probe leaves no trace."""
+    for strict in (True, False):
+        model = Remembering("calls")
+        wrapped = GradSampleModule(nn.Sequential(model), strict=strict)
+        for calls in (1, 2):
+            wrapped(X)
+            assert model.calls == calls
+    with pytest.raises(DataInBuffers, match=r"get_extra_state\(\) of 0 \(Remembering\) returns changes with the data"):
+        GradSampleModule(nn.Sequential(Remembering("mean")))(X)
+    GradSampleModule(Remembering("mean"), strict=False)(X)
+
+
 def test_an_update_depends_on_the_expected_batch_size_only():
     """Right by construction: the true batch size is private under Poisson sampling."""
     for size in (2, 8):

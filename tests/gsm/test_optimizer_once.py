@@ -119,6 +119,40 @@ def test_announced_parts_that_go_through_virtual_step_are_one_sample():
     assert spy.sensitivities == [1.0]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ((4, 4), None),
+        ((4, 4, 4), "3 parts of 12 records"),  # cut from fixed batches of 8
+        ((4, 4, 3), None),  # a Poisson sample of 8 may have 11
+        ((10, 10, 11), None),
+        ((30, 12), "2 parts of 42 records"),  # but hardly 42
+        ((41,), None),  # nothing was joined
+    ],
+)
+def test_parts_left_over_by_an_epoch_are_said(sizes, said):
+    params = parameters()
+    optimizer = private(params, expected_batch_size=8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for size in sizes[:-1]:
+            deliver(params, gradients(params, size))
+            optimizer.virtual_step()
+        deliver(params, gradients(params, sizes[-1]))
+        optimizer.step()
+    messages = [str(w.message) for w in caught]
+    assert (not messages) if said is None else (said in messages[0] and "discard_pending" in messages[0])
+
+
+def test_sums_have_no_expected_number_of_records(recwarn):
+    params = parameters()
+    optimizer = private(params, expected_batch_size=8, loss_reduction="sum")
+    for take in (optimizer.virtual_step, optimizer.virtual_step, optimizer.step):
+        deliver(params, gradients(params, 40))
+        take()
+    assert not recwarn.list
+
+
 def test_loading_a_state_forgets_the_logical_batch_under_way():
     params = parameters()
     optimizer = private(params)
@@ -319,7 +353,7 @@ def test_a_vector_of_losses_is_reduced_as_the_wrapper_expects(mode, reduction):
 def test_batches_that_are_not_independent_are_not_called_overlapping():
     """Only the loader's own drawing makes them so; two losses in one part of a logical batch do not."""
     params = parameters()
-    optimizer = private(params)
+    optimizer = private(params, expected_batch_size=3 * BATCH)
     for seed in (1, 2):
         deliver(params, gradients(params, BATCH, seed=seed))
     with pytest.warns(UserWarning, match="2 backward passes before one step"):

@@ -186,7 +186,7 @@ def test_batches_in_pieces():
 def test_opacus_own_optimizer_is_charged_the_same():
     """As Opacus's step hooks charge: its optimizer under DistributedDataParallel is not made here."""
     accountant = PLDAccountant(sampling="shuffled", relation="zero_out")
-    loader = watched(DataLoader(torch.arange(20), batch_size=4))
+    loader = watched(DataLoader(torch.arange(20), batch_size=4), counted=True)
     charge = charging(accountant, loader, 1 / BATCHES)
     for _ in range(3):
         next(iter(loader))
@@ -219,11 +219,11 @@ def test_a_loader_that_came_back_goes_in_again():
 def test_other_accountants_leave_the_loader_as_it_is():
     model = nn.Linear(3, 2)
     loader = DataLoader(TensorDataset(torch.randn(20, 3)), batch_size=4)
-    engine = PrivacyEngine(accountant=PLDAccountant(sampling="unsampled"))
-    *_, same = engine.make_private(
-        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader,
-        noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=False,
-    )  # fmt: skip
+    with pytest.warns(UserWarning, match="Poisson sampling"):
+        *_, same = PrivacyEngine(accountant="pld").make_private(
+            module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader,
+            noise_multiplier=1.0, max_grad_norm=1.0, poisson_sampling=False,
+        )  # fmt: skip
     assert same is loader
 
 
@@ -234,3 +234,48 @@ def test_it_is_the_order_it_watches():
         order.batch_size  # noqa: B018 - a list has none
     for again in (copy.deepcopy(order), pickle.loads(pickle.dumps(order))):
         assert list(again) == [[1, 2], [3]] and again.drawn == 4
+
+
+def test_unsampled_batches_of_two_passes_are_two_samples():
+    """A record is in each pass; within one, parts of a logical batch may be joined, and a batch be used again."""
+    engine = PrivacyEngine(accountant=PLDAccountant(sampling="unsampled"))
+    model = nn.Linear(3, 2)
+    loader = DataLoader(TensorDataset(torch.randn(20, 3)), batch_size=4)
+    model, optimizer, loader = engine.make_private(
+        module=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), data_loader=loader,
+        noise_multiplier=2.0, max_grad_norm=1.0, poisson_sampling=False,
+    )  # fmt: skip
+    scales, add = [], optimizer.noise.add_
+    optimizer.noise.add_ = lambda tensors, std, bound: (scales.append((std, bound)), add(tensors, std, bound))
+
+    def step(x, skip=False):
+        optimizer.zero_grad()
+        optimizer.signal_skip_step(skip)
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    batches = [x for (x,) in loader]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            step(batches[0])  # again: charged again, nothing wrong
+        for k, (x,) in enumerate(loader):
+            step(x, skip=k < 4)
+    assert scales == [(2.0, 1.0)] * 3 and engine.accountant.history == [(2.0, 1 / BATCHES, 3)]
+    for (x,), skip in zip(loader, [True, True, False], strict=False):
+        step(x, skip)
+    for (x,), skip in zip(loader, [True], strict=False):
+        step(x, skip)
+    with pytest.warns(UserWarning, match="another pass over the data"):
+        for (x,), skip in zip(loader, [False], strict=False):
+            step(x, skip)
+    assert scales[3:] == [(2.0, 1.0), (4.0, 2.0)]
+
+
+def test_rows_of_two_batches_in_one_forward_are_said():
+    model, optimizer, loader, engine = trained()
+    with pytest.warns(UserWarning, match="called on 8 rows, but the loader had drawn 4 records"):
+        for (x,), (other,) in zip(loader, loader, strict=True):
+            optimizer.zero_grad()
+            model(torch.cat([x, other])).square().mean().backward()
+            optimizer.step()

@@ -240,6 +240,28 @@ def test_looks_like_the_logical_loader():
     assert run.loader.sample_rate == run.logical.sample_rate
 
 
+def test_a_loader_of_pieces_made_private_again_draws_logical_batches():
+    """A second training on what the first one got back: its own batches and its own optimizer."""
+    from gsm import make_private
+
+    made = []
+    loader = DataLoader(TensorDataset(torch.randn(50, 3)), batch_size=10)
+    for poisson in (True, True, False):
+        model = nn.Linear(3, 2)
+        model, optimizer, loader = make_private(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), loader, noise_multiplier=1.0, max_grad_norm=1.0,
+            max_physical_batch_size=4, poisson_sampling=poisson,
+        )  # fmt: skip
+        assert len(loader.batch_sampler) == 5 and loader.optimizer is optimizer
+        for (x,) in loader:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        assert optimizer.accountant.history == [(1.0, 0.2, 5)]
+        made.append(loader)
+    assert len({id(each) for each in made}) == 3
+
+
 def test_batch_memory_manager():
     run, plain = Run(), logical_batches()
     with BatchMemoryManager(data_loader=run.loader, max_physical_batch_size=3, optimizer=run.optimizer) as pieces:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -372,6 +373,33 @@ def test_zero_grad_forgets_captures():
     optimizer.zero_grad()
     model(torch.randn(2, 3)).sum().backward()
     assert [batch.batch_size for batch in collect(engine._private.params)] == [2]
+
+
+def test_what_an_epoch_leaves_over_is_said_and_can_be_forgotten():
+    """Two parts a step, three in an epoch: the third and the next epoch's first may hold the same record."""
+    for forget in (True, False):
+        model = gpt2()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        engine_for(model).attach(optimizer)
+
+        def epoch(model=model, optimizer=optimizer):
+            for i in range(3):
+                losses = next_token_losses(model, ids(2, seed=i))
+                if i % 2:
+                    optimizer.step(loss=losses)
+                    optimizer.zero_grad()
+                else:
+                    optimizer.virtual_step(loss=losses)
+
+        epoch()
+        if forget:
+            optimizer.discard_pending()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                epoch()
+        else:
+            with pytest.warns(UserWarning, match="3 parts of 6 records .* 4 records are expected.*discard_pending"):
+                epoch()
 
 
 def test_detaching_in_the_middle_of_a_logical_batch_leaves_no_sum_behind():

@@ -1,6 +1,8 @@
 """Poisson sampling: exact rates, independence, steps per epoch, ranks, errors."""
 
+import json
 import math
+import os
 from collections import Counter
 from fractions import Fraction
 
@@ -230,6 +232,24 @@ def test_a_run_that_resumes_in_the_middle_of_an_epoch_draws_anew_at_once():
 
     seeded, resumed = batches(False), batches(True)
     assert seeded == batches(False) and resumed[0] == seeded[0] and resumed[1:] != seeded[1:]
+
+
+def test_a_copy_in_another_process_draws_batches_of_its_own(monkeypatch):
+    """After a fork, or sent there: with the same numbers, two trainings would be on the same batches."""
+    if hasattr(os, "fork"):
+        sampler = PoissonSampler(num_samples=50, sample_rate=0.2, generator=torch.Generator().manual_seed(1))
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            os.write(writer, json.dumps(list(sampler)).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(writer)
+        with os.fdopen(reader) as file:
+            there = json.loads(file.read())
+        assert len(there) == 5 and there != list(sampler) and not sampler.secure_mode
+    one, two = (ranks(monkeypatch, 1, [3], total_size=50, sample_rate=0.3)[0] for _ in range(2))
+    two._process -= 1
+    assert [b.tolist() for b in one] != [b.tolist() for b in two] and two.secure_mode and not one.secure_mode
 
 
 def test_no_records_at_all_on_all_ranks(monkeypatch):

@@ -1,0 +1,244 @@
+"""Does what a loss sends back for one sample depend on the model's output for another?
+
+A loss is the samples' own if it is a sum of terms of which each is a function of one sample's outputs. Then its second
+derivatives between the outputs of two samples are zero, which is tested in full precision by differentiating twice
+(:func:`curved`): a contrastive loss, the root of a mean, a variance over the batch have others. What is piecewise
+linear has second derivatives of zero wherever they exist, though the pieces may be chosen by neighbours: rankings by a
+hinge, the largest of the batch, absolute differences. So for every such function in the loss's graph, what it chooses
+by must be of one sample (:func:`chosen`).
+
+Not seen: what is taken out of the graph (`detach`, `item`), and labels.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, Node
+
+#: Piecewise linear in each entry.
+_ENTRYWISE = (
+    "Abs|Sgn|Relu|LeakyRelu|PreluKernel|RreluWithNoise|Clamp|ClampMin|ClampMax|Threshold|Hardtanh|Hardswish|Hardsigmoid|"
+    "Hardshrink|Softshrink|Maximum|Minimum|Fmax|Fmin|SmoothL1Loss|HuberLoss"
+)
+#: Which choose among the entries along a dimension, or among all.
+_ALONG = "Max|Min|Amax|Amin|Aminmax|Topk|Sort|Median|Nanmedian|Kthvalue|Mode|Cummax|Cummin"
+#: Which PyTorch cannot differentiate twice: their input is looked at in the same way.
+_ONCE = "MultiMarginLoss|MultilabelMarginLoss|CtcLoss|CudnnCtcLoss|Cdist|Pdist"
+_KINK = re.compile(rf"(?:(?P<entrywise>{_ENTRYWISE})|(?P<along>{_ALONG})|(?P<once>{_ONCE}))Backward\d*$")
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__  # that of whatever it wraps
+
+
+class NotJudged(Exception):
+    """A loss that cannot be differentiated twice."""
+
+
+class Outputs:
+    """The outputs of one or more forwards that a loss is made of.
+
+    Args:
+        edges: where they are in the loss's graph.
+        sizes: the batch size of each.
+        dims: the dimension of each along which its samples lie.
+    """
+
+    def __init__(self, edges: Sequence[GradientEdge], sizes: Sequence[int], dims: Sequence[int]):
+        self.edges, self.sizes, self.dims = list(edges), list(sizes), list(dims)
+
+    def halves(self, bit: int | None) -> Iterator[list[Tensor]]:
+        """For each output which of its samples are in the first half: samples of one number always together.
+
+        Args:
+            bit: by which binary digit of the sample's number; None for all, so that every two samples are parted.
+        """
+        longest = max(1, (max(self.sizes) - 1).bit_length())
+        for digit in range(longest) if bit is None else [bit % longest]:
+            yield [(torch.arange(size) >> digit) % 2 == 0 for size in self.sizes]
+        first = self.sizes[0]
+        if any(size != first for size in self.sizes):  # other records, whatever their number
+            yield [torch.full((size,), size == first) for size in self.sizes]
+
+    def along(self, k: int, x: Tensor, rows: Tensor) -> Tensor:
+        """``rows [batch]`` as a factor of ``x``, which has the shape of output ``k``."""
+        shape = [1] * x.dim()
+        shape[self.dims[k]] = self.sizes[k]
+        return rows.to(x.device, x.dtype).reshape(shape)
+
+    def largest(self, grads: Sequence[Tensor | None], rows: Sequence[Tensor]) -> float:
+        """The largest entry among the gradients of the samples ``rows``."""
+        return max(
+            (float((_finite(g) * self.along(k, g, rows[k])).abs().max()) for k, g in enumerate(grads) if g is not None),
+            default=0.0,
+        )
+
+
+def influence(
+    roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: Outputs, bit: int | None
+) -> str | None:
+    """What makes the loss depend on several samples at once, in words; None if nothing does.
+
+    Args:
+        roots, grads: what the backward is to begin with.
+        outputs: the model's outputs in its graph.
+        bit: see :meth:`Outputs.halves`.
+
+    Raises:
+        NotJudged: what makes the loss has no second derivatives.
+    """
+    directions = torch.Generator().manual_seed(0)
+    nodes = list(_between(roots, outputs.edges))
+    once = any((found := _KINK.match(node.name())) and found["once"] for node in nodes)
+    if any(_forbidden(node) for node in nodes):
+        raise NotJudged("a torch.autograd.Function marked once_differentiable")
+    try:
+        with torch.enable_grad():
+            first = torch.autograd.grad(
+                list(roots), outputs.edges, list(grads), retain_graph=True, create_graph=True, allow_unused=True
+            )
+            random = [None if g is None else _random(g, directions) for g in first]
+            for rows in outputs.halves(bit):
+                if not once and curved(outputs, first, random, rows):
+                    return "its derivative for one sample changes with the model's output for others"
+                by = chosen(roots, grads, outputs, first, random, rows)
+                if by is not None:
+                    return f"{by} joins the outputs of several samples"
+    except (RuntimeError, NotImplementedError) as error:
+        raise NotJudged(str(error).splitlines()[0]) from error
+    return None
+
+
+def curved(
+    outputs: Outputs, first: Sequence[Tensor | None], random: Sequence[Tensor | None], rows: Sequence[Tensor]
+) -> bool:
+    """Whether second derivatives between the samples ``rows`` and the others are not zero.
+
+    Args:
+        outputs: the model's outputs.
+        first: the loss's derivatives with respect to them, which are part of a graph.
+        random: a direction for each.
+        rows: for each which samples.
+    """
+    own = [
+        (g * r * outputs.along(k, g, rows[k])).sum()
+        for k, (g, r) in enumerate(zip(first, random, strict=True))
+        if g is not None and r is not None and g.requires_grad
+    ]
+    if not own:
+        return False
+    second = torch.autograd.grad(torch.stack(own).sum(), outputs.edges, retain_graph=True, allow_unused=True)
+    everyone = outputs.largest(second, [torch.ones_like(r) for r in rows])
+    return outputs.largest(second, [~r for r in rows]) > _tolerance(second) * everyone
+
+
+def chosen(
+    roots: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    outputs: Outputs,
+    first: Sequence[Tensor | None],
+    random: Sequence[Tensor | None],
+    rows: Sequence[Tensor],
+) -> str | None:
+    """The name of a piecewise linear function that chooses its piece by samples in ``rows`` and by others.
+
+    An entry of its input belongs to the samples along whose outputs it moves; it counts if the loss depends on what is
+    made of it. A batch's largest entry that is taken twice, to keep numbers small and back, adds up to nothing.
+    """
+    scale = max((float(_finite(g).abs().max()) for g in first if g is not None), default=0.0)
+    alike: dict[Any, list[Node]] = {}
+    for node in _between(roots, outputs.edges):
+        if _KINK.match(node.name()):
+            alike.setdefault((node.name(), getattr(node, "_saved_dim", None), node.next_functions), []).append(node)
+    for nodes in alike.values():
+        made = [
+            torch.autograd.grad(list(roots), GradientEdge(n, 0), list(grads), retain_graph=True, allow_unused=True)[0]
+            for n in nodes
+        ]
+        if any(g is None for g in made):
+            continue
+        used = _finite(torch.stack([g for g in made if g is not None]).sum(0)).abs()
+        found = _KINK.match(nodes[0].name())
+        assert found is not None
+        inputs = [GradientEdge(n, number) for n, number in nodes[0].next_functions if n is not None]
+        moved = [_all(_moves(edge, outputs, random, half) for edge in inputs) for half in (rows, [~r for r in rows])]
+        if not found["entrywise"]:
+            dims = _dims(nodes[0], found["along"] or found["once"], moved[0].dim())
+            moved, used = [m.amax(dims) if m.dim() else m for m in moved], used.max()
+        several = torch.minimum(*moved) > _tolerance(moved) * torch.maximum(*moved)
+        if bool((several & (torch.maximum(*moved) * used > _tolerance(moved) * scale)).any()):
+            return found[0].partition("Backward")[0].lower()
+    return None
+
+
+def _all(values: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, values)
+
+
+def _moves(
+    edge: GradientEdge, outputs: Outputs, random: Sequence[Tensor | None], rows: Sequence[Tensor]
+) -> Tensor:
+    """By how much the value at ``edge`` moves with the outputs of the samples ``rows``: two backwards are a forward."""
+    is_ = edge.node._input_metadata[edge.output_nr]
+    nothing = torch.zeros(is_.shape, dtype=is_.dtype, device=is_.device)
+    weights = torch.ones_like(nothing, requires_grad=True)
+    back = torch.autograd.grad(
+        [edge], outputs.edges, [weights], retain_graph=True, create_graph=True, allow_unused=True
+    )
+    own = [
+        (b * r * outputs.along(k, b, rows[k])).sum()
+        for k, (b, r) in enumerate(zip(back, random, strict=True))
+        if b is not None and r is not None and b.requires_grad
+    ]
+    if not own:
+        return nothing
+    (moved,) = torch.autograd.grad(torch.stack(own).sum(), weights, allow_unused=True, retain_graph=True)
+    return nothing if moved is None else _finite(moved).abs()
+
+
+def _forbidden(node: Any) -> bool:
+    """Whether it says so, but only to those who hand in a gradient that is part of a graph."""
+    function = getattr(getattr(node, "_forward_cls", None), "backward", None)
+    return getattr(function, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
+def _between(roots: Sequence[Tensor], edges: Sequence[GradientEdge]) -> Iterator[Node]:
+    """The functions that a loss is made by, as far as the outputs."""
+    seen = {edge.node for edge in edges}
+    stack = [r.grad_fn for r in roots]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            stack += [n for n, _ in node.next_functions]
+
+
+def _dims(node: Any, name: str, all_dims: int) -> tuple[int, ...]:
+    """The dimensions of a function's input along which it joins entries."""
+    if name in ("MultiMarginLoss", "MultilabelMarginLoss"):
+        return tuple(range(1, all_dims))
+    if name in ("CtcLoss", "CudnnCtcLoss"):
+        return (0, 2)[: all_dims - 1]
+    if name == "Cdist":  # the distances of all rows from constants, or from all rows
+        others = [n for n, _ in node.next_functions]
+        return tuple(range(all_dims)) if None not in others else (all_dims - 1,)
+    saved = getattr(node, "_saved_dim", None)
+    found = saved if isinstance(saved, tuple) else () if saved is None else (saved,)
+    return tuple(int(d) - (1 << 64 if d >= 1 << 63 else 0) for d in found) or tuple(range(all_dims))
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.detach().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _tolerance(values: Sequence[Tensor | None]) -> float:
+    return max([1e-5, *(8 * torch.finfo(v.dtype).eps for v in values if v is not None)])
