@@ -15,7 +15,8 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class LossCheck:
     """
 
     def __init__(self, module: nn.Module | None = None, tape: Tape | None = None):
-        self.tape, self.forwards, self.judged, self.paused, self.said = tape, 0, 0, False, False
+        self.tape, self.forwards, self.judged, self.said = tape, 0, 0, False
         self.history: dict[int, deque[Shares]] = {}
         self.fresh: list[int] = []
         self._handle: Any = None
@@ -138,7 +139,7 @@ class LossCheck:
 
         def read(g: Tensor) -> None:
             owner = check()
-            if owner is None or owner.paused:
+            if owner is None or owner.tape is None or owner.tape.judging:
                 return
             with torch.no_grad():
                 found = next((s for view, r in rows if (s := r.shares(view(g))) is not None), None)
@@ -183,15 +184,25 @@ class LossCheck:
             return
         bit = self.forwards % (size - 1).bit_length()  # halves that in time part every two samples
         half = (torch.arange(size, device=loss.device) >> bit) % 2 == 0
-        self.paused = True
-        try:
+        with _judging([self]):
             for own in (half, ~half):
                 for edge, where in marked:
                     other = _reached(loss[own].sum(), edge, where, ~own)
                     if other is not None:
                         raise SamplesInfluenceEachOther(_naming(loss, edge, where, own, other))
-        finally:
-            self.paused = False
+
+
+@contextmanager
+def _judging(checks: Sequence[LossCheck]) -> Iterator[None]:
+    """What is differentiated inside is no backward of a training: nothing is captured, and no weights are read."""
+    tapes = [check.tape for check in checks if check.tape is not None]
+    try:
+        for tape in tapes:
+            tape.judging = True
+        yield
+    finally:
+        for tape in tapes:
+            tape.judging = False
 
 
 def check_entries(params: Sequence[nn.Parameter], loss: Tensor) -> None:
@@ -215,28 +226,26 @@ def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
         for _, mark in marked:
             loss_roots.done(mark)
     checks = list(dict.fromkeys(check for check in (mark.check() for _, mark in marked) if check is not None))
-    if not checks or any(check.paused for check in checks) or sum(mark.entries for _, mark in marked) > MOST_ENTRIES:
+    if not checks or sum(mark.entries for _, mark in marked) > MOST_ENTRIES:
         return
     # At first by as many halves as part every two samples, later by one at a time.
     judged = max(check.judged for check in checks)
     edges, sizes = [edge for edge, _ in marked], [mark.size for _, mark in marked]
     for check in checks:
-        check.paused, check.judged = True, judged + 1
+        check.judged = judged + 1
     try:
         # Where the batch may lie in either dimension, one of them in which samples are apart is enough.
-        found = [
-            influence(roots, grads, Outputs(edges, sizes, dims), judged or None)
-            for dims in sorted({tuple(mark.dims[at] for _, mark in marked) for at in (0, -1)})
-        ]
+        with _judging(checks):
+            found = [
+                influence(roots, grads, Outputs(edges, sizes, dims), judged or None)
+                for dims in sorted({tuple(mark.dims[at] for _, mark in marked) for at in (0, -1)})
+            ]
     except NotJudged as error:
         found = []
         if not any(check.said for check in checks):
             warnings.warn(UNJUDGED.format(error=error), stacklevel=4)
         for check in checks:
             check.said = True
-    finally:
-        for check in checks:
-            check.paused = False
     if found and all(found):
         raise SamplesInfluenceEachOther(COMPARES.format(how=found[0]))
 

@@ -93,7 +93,7 @@ def influence(
     """
     directions = torch.Generator().manual_seed(0)
     nodes = list(_between(roots, outputs.edges))
-    once = any((found := _KINK.match(node.name())) and found["once"] for node in nodes)
+    once = any((found := _KINK.match(type(node).__name__)) and found["once"] for node in nodes)
     if any(_forbidden(node) for node in nodes):
         raise NotJudged("a torch.autograd.Function marked once_differentiable")
     try:
@@ -152,8 +152,8 @@ def chosen(
     scale = max((float(_finite(g).abs().max()) for g in first if g is not None), default=0.0)
     alike: dict[Any, list[Node]] = {}
     for node in _between(roots, outputs.edges):
-        if _KINK.match(node.name()):
-            alike.setdefault((node.name(), getattr(node, "_saved_dim", None), node.next_functions), []).append(node)
+        if _KINK.match(name := type(node).__name__):
+            alike.setdefault((name, getattr(node, "_saved_dim", None), node.next_functions), []).append(node)
     for nodes in alike.values():
         made = [
             torch.autograd.grad(list(roots), GradientEdge(n, 0), list(grads), retain_graph=True, allow_unused=True)[0]
@@ -162,7 +162,7 @@ def chosen(
         if any(g is None for g in made):
             continue
         used = _finite(torch.stack([g for g in made if g is not None]).sum(0)).abs()
-        found = _KINK.match(nodes[0].name())
+        found = _KINK.match(type(nodes[0]).__name__)
         assert found is not None
         inputs = [GradientEdge(n, number) for n, number in nodes[0].next_functions if n is not None]
         moved = [_all(_moves(edge, outputs, random, half) for edge in inputs) for half in (rows, [~r for r in rows])]

@@ -75,6 +75,7 @@ class Tape:
         self.enabled = True
         self.live = True  # until the capture is removed
         self.inside: str | None = None  # the subtree that is running as a whole, if one is
+        self.judging = False  # derivatives are asked for that are no backward of a training
         self.after_backward: list[Callable[[], None]] = []
         self._task = self._inner = -1
         #: (rows, records) if the last forward had more rows than the loaders had drawn records for it.
@@ -199,6 +200,8 @@ class Tape:
         steps of a fixed-point iteration in a backward hook. What it brings to a layer is not the loss's gradient.
         """
         refuse_compiled_backward()
+        if self.judging:
+            return False
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "Per-sample gradients of a backward with create_graph=True are not defined: those captured would "

@@ -1,5 +1,6 @@
 """Scalar losses that compare samples are refused at the first backward, before any release; look-alikes pass."""
 
+import copy
 import warnings
 
 import pytest
@@ -184,6 +185,42 @@ def test_outputs_of_other_numbers_of_records():
                 (value + (few * many[:4]).sum()).backward()
         else:
             value.backward()
+
+
+class Stages(nn.Module):
+    """Hands out what it goes on with: the derivative for the first output passes through the second layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 4), nn.Sequential(nn.Tanh(), nn.Linear(4, 3))
+
+    def forward(self, x):
+        hidden = self.a(x)
+        return hidden, self.b(hidden)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "functorch", "loop"])
+def test_outputs_made_of_each_other(mode, recwarn):
+    torch.manual_seed(0)
+    x = torch.randn(SIZE, 6)
+    plain = Stages()
+    alone = GradSampleModule(copy.deepcopy(plain), mode=mode, strict=False)
+    model = GradSampleModule(plain, mode=mode)
+    hidden, z = model(x)
+    (z.square().mean() + hidden.tanh().mean()).backward()
+    found = model.per_sample_gradient_norms if mode == "ghost" else None
+    assert not recwarn.list and model._losses.judged == 1
+    hidden, z = alone(x)
+    (z.square().mean() + hidden.tanh().mean()).backward()
+    if found is None:
+        for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(p.grad_sample, q.grad_sample)
+    else:
+        torch.testing.assert_close(found, alone.per_sample_gradient_norms)
+    model.set_grad_sample_to_none()
+    hidden, z = model(x)
+    with pytest.raises(SamplesInfluenceEachOther, match="compares samples"):
+        (z.square().mean() + hidden.var(0).sum()).backward()
 
 
 def test_a_second_loss_of_the_same_outputs_is_judged_as_well():
