@@ -10,6 +10,7 @@ from torch import nn
 
 from gsm import GradSampleModule, loss_check, make_private
 from gsm.layout import SamplesInfluenceEachOther
+from gsm.ledger import discard
 from tests.gsm.training import parts
 
 SIZE = 9
@@ -319,6 +320,18 @@ def test_later_batches_part_the_samples_in_turn():
                 z = model(torch.randn(8, 6))
                 (z.square().mean() + (z[i, 0] * z[j, 0] if step else 0.0)).backward()
         assert model._losses.judged > 1
+
+
+def test_a_loss_that_changes_later_is_seen_later():
+    model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
+    x = torch.randn(SIZE, 6)
+    with pytest.raises(SamplesInfluenceEachOther, match="compares samples"):
+        for step in range(1, loss_check.RARELY + 1):
+            z = model(x)
+            (z.var(0).sum() if step > loss_check.FIRST else z.square().mean()).backward()
+            model.set_grad_sample_to_none()
+            discard(list(model.parameters()))
+    assert step == loss_check.RARELY
 
 
 def test_gradients_that_are_no_numbers():
