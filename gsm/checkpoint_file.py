@@ -38,6 +38,13 @@ def plain(value: Any) -> Any:
     return value
 
 
+def _save(state: Mapping[str, Any], file: Any, **torch_save_kwargs: Any) -> None:
+    try:
+        torch.save(dict(state), file, **torch_save_kwargs)
+    except RuntimeError as error:  # how torch.save says that a write failed
+        raise CheckpointError(f"the checkpoint could not be written as a whole (is the disk full?): {error}") from error
+
+
 def write(path: Any, state: Mapping[str, Any], **torch_save_kwargs: Any) -> None:
     """Write ``state`` to ``path`` atomically; a file object is written to directly.
 
@@ -47,16 +54,17 @@ def write(path: Any, state: Mapping[str, Any], **torch_save_kwargs: Any) -> None
         torch_save_kwargs: for ``torch.save``.
 
     Raises:
-        CheckpointError: something in ``state`` could not be loaded again; nothing is written then.
+        CheckpointError: something in ``state`` could not be loaded again, or not everything could be written; a file of
+            this name is as it was then.
     """
     if hasattr(path, "write"):
-        torch.save(dict(state), path, **torch_save_kwargs)
+        _save(state, path, **torch_save_kwargs)
         return
     target = Path(os.fspath(path))
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            torch.save(dict(state), file, **torch_save_kwargs)
+            _save(state, file, **torch_save_kwargs)
             file.flush()
             os.fsync(file.fileno())
         read(temporary)

@@ -188,3 +188,17 @@ def test_a_damaged_table_of_contents_of_a_file_object_is_named_too():
     damaged = io.BytesIO(file.getvalue().replace(b"PK\x01\x02", b"PK\x00\x00"))
     with pytest.raises(CheckpointError, match="the BytesIO is corrupted: its table of contents is damaged"):
         read(damaged)
+
+
+class Full(io.BytesIO):
+    """Takes 4,000 bytes."""
+
+    def write(self, data):
+        if self.tell() + len(data) > 4000:
+            raise OSError(28, "No space left on device")
+        return super().write(data)
+
+
+def test_a_file_object_that_is_full_is_named():
+    with pytest.raises(CheckpointError, match="could not be written as a whole .is the disk full"):
+        write(Full(), {"weight": torch.zeros(100_000)})
