@@ -27,7 +27,7 @@ from gsm import ledger, loss_roots
 from gsm.layout import SamplesInfluenceEachOther
 from gsm.loss_influence import NotJudged, Outputs, influence
 from gsm.loss_shares import HISTORY, Rows, Shares, depends_on_neighbours, other_reduction
-from gsm.structures import tensors_in
+from gsm.structures import named_tensors, tensors_in
 from gsm.tape import Tape
 
 FIRST, THEN = 8, 64  # the first forwards, and every so many afterwards
@@ -119,19 +119,29 @@ class LossCheck:
         size = tape.groups[-1].batch_size
         if size == 0 or torch._C._current_graph_task_id() != -1:  # activation checkpointing of the whole model
             return
-        for k, x in enumerate(tensors_in(output)):
-            if x.is_floating_point() and x.requires_grad and x.grad_fn is not None and x.numel():
-                self._watch(k, x, size, 0 if tape.batch_first or x.dim() < 2 else 1)
+        outputs = list(named_tensors(output).values())
+        for x in (*outputs, *_kept(module)):
+            self._mark(x, size)
+        for k, x in enumerate(outputs):
+            if _in_a_graph(x):
+                self._read(k, x, size, self._batch_dim(x))
 
-    def _watch(self, k: int, x: Tensor, size: int, batch_dim: int) -> None:
-        dims = [d for d in (batch_dim, 1 - batch_dim) if d < x.dim() and x.shape[d] == size]
-        if not dims:
-            return
-        marks: Any = x.grad_fn.metadata  # type: ignore[union-attr]
-        marks.setdefault(_MARK, {})[x.output_nr] = mark = Mark(self, size, dims, x.numel())
-        if self.forwards <= FIRST or self.forwards % RARELY == 0:
-            loss_roots.wait(mark, compare)
-        if x.dim() < 2 or dims[0] != batch_dim:
+    def _batch_dim(self, x: Tensor) -> int:
+        return 0 if x.dim() < 2 or (self.tape is not None and self.tape.batch_first) else 1
+
+    def _mark(self, x: Tensor, size: int) -> None:
+        """Leaves word in the graph, where what the loss compares can be found again."""
+        first = self._batch_dim(x)
+        dims = [d for d in (first, 1 - first) if d < x.dim() and x.shape[d] == size]
+        if dims and _in_a_graph(x):
+            marks: Any = x.grad_fn.metadata  # type: ignore[union-attr]
+            marks.setdefault(_MARK, {})[x.output_nr] = mark = Mark(self, size, dims, x.numel())
+            if self.forwards <= FIRST or self.forwards % RARELY == 0:
+                loss_roots.wait(mark, compare)
+
+    def _read(self, k: int, x: Tensor, size: int, batch_dim: int) -> None:
+        """Has the gradient of output ``k`` read when it comes."""
+        if x.dim() < 2 or x.shape[batch_dim] != size:
             return
         views = [lambda t: t.movedim(batch_dim, 0)]
         if x.dim() > 2:  # classes last, or second as in segmentation
@@ -213,6 +223,18 @@ def check_entries(params: Sequence[nn.Parameter], loss: Tensor) -> None:
     check = _CHECKS.get(tape, lambda: None)() if tape is not None else None
     if check is not None and loss.grad_fn is not None:
         check.entries(loss)
+
+
+def _in_a_graph(x: Tensor) -> bool:
+    return x.is_floating_point() and x.requires_grad and x.grad_fn is not None and x.numel() > 0
+
+
+def _kept(model: nn.Module) -> list[Tensor]:
+    """What a forward left on the model's modules, from which a loss can be made as from its output."""
+    own = nn.Module().__dict__.keys()
+    kept = [v for m in model.modules() for name, v in m.__dict__.items() if name not in own]
+    found = tensors_in([v for v in kept if isinstance(v, Tensor | list | tuple | dict)])
+    return [x for x in found if type(x) is Tensor]  # what is made of parameters alone is no sample's
 
 
 def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:

@@ -202,6 +202,7 @@ class DPOptimizer(OptimizerInterface):
         self._iterations = 0
         self._is_last_step_skipped = True
         self._pending.joins = told_to_skip or not self.independent_batches
+        self._pending.by_hand = not told_to_skip
 
     def _backward(self, loss: Tensor) -> None:
         if not isinstance(loss, Tensor) or loss.dim() != 1:

@@ -37,6 +37,9 @@ class OptimizerInterface(OpacusDPOptimizer):
     noise: Noise
     _pending: PendingRelease
     _accountant: Accountant | None = None
+    _sampler: Any = None
+    _unused_draws = 0
+    _seen_draws = 0
     sample_rate: float | None
     independent_batches: bool
     loss_reduction: str
@@ -54,11 +57,9 @@ class OptimizerInterface(OpacusDPOptimizer):
         self.releases = 0
         #: A :class:`gsm.journal.Journal`: charges are on the disk before the noise is drawn. None: they are not.
         self.journal: Any = None
-        #: The sampler whose batches this optimizer is to use; it counts them in ``drawn``. None: not known.
-        self.sampler: Any = None
+        self.sampler = None
         #: How many records there are, where the accountant assumes batches of a fixed share of them.
         self.records: int | None = None
-        self._unused_draws = self._seen_draws = 0
         self._warned: set[str] = set()
         self.step_hooks: list[Callable[[Any], None]] = []
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
@@ -90,13 +91,13 @@ class OptimizerInterface(OpacusDPOptimizer):
             self._warn_once(UNDRAWN)
 
     def _compare_parts(self) -> None:
-        """Says if the parts of a logical batch hold more records than one has, where nothing else is known of them.
+        """Says if parts that virtual_step() joined hold more records than a logical batch has, if no loader is known.
 
         Parts of one size are cut from fixed batches, which hold ``expected_batch_size`` at most; the number of records
         in a Poisson sample of that expectation exceeds the other limit once in 10^9 (Bernstein's inequality).
         """
         parts, expected = self._pending.parts, self.expected_batch_size
-        if expected is None or self.loss_reduction != "mean" or len(parts) < 2:
+        if expected is None or self.loss_reduction != "mean" or len(parts) < 2 or not self._pending.by_hand:
             return
         limit = expected if len(set(parts)) == 1 else expected + 6.5 * math.sqrt(expected) + 15
         if sum(parts) > limit * (1 + 1e-9):
@@ -123,6 +124,15 @@ class OptimizerInterface(OpacusDPOptimizer):
         rate = getattr(self.sampler, "sample_rate", None)
         if rate is not None and 0 < users < records and (self.sample_rate or 0) <= rate:
             self._warn_once(SHARED.format(records=records, users=users, rate=rate))
+
+    @property
+    def sampler(self) -> Any:
+        """The sampler whose batches this optimizer is to use; it counts them in ``drawn``. None: not known."""
+        return self._sampler
+
+    @sampler.setter
+    def sampler(self, value: Any) -> None:
+        self._sampler, self._unused_draws, self._seen_draws = value, 0, 0
 
     # -- settings ------------------------------------------------------------------------------------------------------
 
@@ -263,7 +273,7 @@ class OptimizerInterface(OpacusDPOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but a logical batch under way (its un-noised sum must not end up in a file)."""
-        left_out = {"_pending", "_step_skip_queue", "_released", "step", "sampler", "journal"}
+        left_out = {"_pending", "_step_skip_queue", "_released", "step", "_sampler", "journal"}
         return {k: v for k, v in self.__dict__.items() if k not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -30,6 +30,8 @@ class PendingRelease:
         self.largest = 0
         #: Whether the next physical batch is another part of the current sample.
         self.joins = False
+        #: Whether the caller alone says what belongs together, and no loader.
+        self.by_hand = False
         #: Rows of each physical batch of the sample under way.
         self.parts: list[int] = []
         self._earlier = 0.0

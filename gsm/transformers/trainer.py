@@ -181,6 +181,7 @@ class DPTrainer(Trainer):
             history=list(accountant.history),
         )
         self._private.accountant, self._private.sample_rate = accountant, self.sample_rate
+        self._private.sampler = self._sampler
         self._set_randomness(resumed=bool(accountant.history))
         self.model.train()
         validation.validate(self.model)

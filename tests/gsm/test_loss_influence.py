@@ -224,6 +224,31 @@ def test_outputs_made_of_each_other(mode, recwarn):
         (z.square().mean() + hidden.var(0).sum()).backward()
 
 
+class Keeping(Stages):
+    """Leaves its features on itself, in a list; or its output is an object."""
+
+    def __init__(self, keeps):
+        super().__init__()
+        self.keeps = keeps
+
+    def forward(self, x):
+        hidden, z = super().forward(x)
+        if self.keeps:
+            self.features = {"hidden": [hidden]}
+            return z.exp().sum(1)
+        return torch.distributions.Normal(z, 1.0)
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks"])
+def test_what_the_model_keeps_and_what_objects_hold(mode):
+    for keeps in (True, False):
+        model = GradSampleModule(Keeping(keeps), mode=mode)
+        out = model(torch.randn(SIZE, 6))
+        (out if keeps else -out.log_prob(torch.zeros(SIZE, 3))).mean().backward(retain_graph=True)
+        with pytest.raises(SamplesInfluenceEachOther, match="compares samples"):
+            (model.features["hidden"][0] if keeps else out.mean).var(0).sum().backward()
+
+
 def test_a_second_loss_of_the_same_outputs_is_judged_as_well():
     model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
     z = model(torch.randn(SIZE, 6))

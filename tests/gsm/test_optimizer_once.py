@@ -140,8 +140,25 @@ def test_parts_left_over_by_an_epoch_are_said(sizes, said):
             optimizer.virtual_step()
         deliver(params, gradients(params, sizes[-1]))
         optimizer.step()
+        deliver(params, gradients(params, 41))
+        optimizer.zero_grad()
+        deliver(params, gradients(params, 41))
+        optimizer.virtual_step()
+        optimizer.step()  # nothing was joined
     messages = [str(w.message) for w in caught]
+    assert len(messages) == (said is not None)
     assert (not messages) if said is None else (said in messages[0] and "discard_pending" in messages[0])
+
+
+def test_parts_that_a_loader_announces_are_its_own_affair(recwarn):
+    params = parameters()
+    optimizer = private(params, expected_batch_size=8)
+    for skip in (True, True, False):
+        optimizer.signal_skip_step(skip)
+        deliver(params, gradients(params, 8))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.releases == 1 and not recwarn.list
 
 
 def test_sums_have_no_expected_number_of_records(recwarn):
