@@ -26,7 +26,7 @@ from gsm.resolve import expanded
 from gsm.structures import make_known
 from gsm.tape import Pass
 from gsm.tracked import Tracked
-from gsm.undisturbed import buffers_restored
+from gsm.undisturbed import buffers_restored, same_bits
 
 
 class VmapFails(Unresolvable):
@@ -217,7 +217,7 @@ def _looped(call: Call, copies: dict[str, Tensor]) -> Outputs:
         results.append(_one(call, {**{n: c[i] for n, c in copies.items()}, **given}, sample, box))
         if i == 0 and before:
             now = dict(call.module.named_buffers())
-            written = [n for n, b in before.items() if now.get(n) is not buffers[n] or not torch.equal(buffers[n], b)]
+            written = [n for n, b in before.items() if now.get(n) is not buffers[n] or not same_bits(buffers[n], b)]
     return [torch.stack(parts) for parts in zip(*results, strict=True)], _rebuild(box)
 
 
