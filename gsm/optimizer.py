@@ -106,6 +106,7 @@ class DPOptimizer(OptimizerInterface):
         self._reset()
         for p in self.params:
             p.summed_grad = None  # type: ignore[attr-defined]
+        ledger.scales_noise(self.params)
 
     def _reset(self) -> None:
         """No logical batch under way."""
