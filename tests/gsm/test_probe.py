@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -837,3 +838,27 @@ def test_lengths_of_other_samples_are_an_influence(lengths: list[int], cut: bool
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_an_average_over_a_samples_own_length_is_none(lengths: list[int]) -> None:
     check(OverItsOwn(lengths == sorted(lengths, reverse=True)), (torch.randn(5, 7, 3), torch.tensor(lengths)))
+
+
+class SetFromTheFirst(nn.Module):
+    """Scales set from the first batch, as ActNorm does; that it is done, no buffer says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.done = nn.Parameter(torch.ones(3)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            self.scale.data.copy_(1 / (x.std(0) + 1))
+            self.done = True
+        return x * self.scale
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch", "loop"])
+def test_parameters_that_only_the_first_forward_writes_to_are_named(mode: str) -> None:
+    model = GradSampleModule(nn.Sequential(nn.Linear(3, 3), SetFromTheFirst()), mode=mode)
+    with pytest.warns(UserWarning, match=r"first forward wrote to 1\.scale, and the next one did not"):
+        model(torch.randn(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, 3))
