@@ -83,7 +83,8 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
                 _check_vmap(call, tracked)
             copies = {n: expanded(active, t) for n, t in tracked.items()}
             try:
-                outputs, rebuild = (_looped if loop else _mapped)(call, copies)
+                with DenseGradients():
+                    outputs, rebuild = (_looped if loop else _mapped)(call, copies)
             except Exception as error:
                 if active.log is None or isinstance(error, Unresolvable):
                     raise
@@ -221,6 +222,22 @@ def _looped(call: Call, copies: dict[str, Tensor]) -> Outputs:
     return [torch.stack(parts) for parts in zip(*results, strict=True)], _rebuild(box)
 
 
+class DenseGradients(TorchFunctionMode):
+    """Tables built with ``sparse=True``: a sparse gradient cannot go back into one of the parameter's copies."""
+
+    _PLACES = {F.embedding: 6, F.embedding_bag: 7}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        place = self._PLACES.get(func)
+        if place is None:
+            return func(*args, **(kwargs or {}))
+        return func(*args[:place], *((False,) if len(args) > place else ()), *args[place + 1 :], **self._dense(kwargs))
+
+    @staticmethod
+    def _dense(kwargs: Any) -> dict[str, Any]:
+        return {n: False if n == "sparse" else v for n, v in (kwargs or {}).items()}
+
+
 class RepairedForVmap(TorchFunctionMode):
     """Functions whose batching rule drops an option: `embedding` under `vmap` gives `padding_idx` a gradient."""
 
@@ -244,7 +261,7 @@ def _check_vmap(call: Call, tracked: dict[str, Tracked]) -> None:
         copies = {n: t.gsm_value.detach().expand(size, *t.shape).clone().requires_grad_() for n, t in tracked.items()}
         try:
             # The same random numbers for all samples at once as for one after the other, and the same buffers.
-            with Settled(0.3, 0.3), buffers_restored(call.module):
+            with Settled(0.3, 0.3), buffers_restored(call.module), DenseGradients():
                 outputs, _ = each(call, copies)
                 floating = [o for o in outputs if o.requires_grad]
                 total = sum(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -307,3 +308,34 @@ def test_the_power_iteration_goes_one_step_for_all_samples(mode: str) -> None:
     twin.load_state_dict(model.state_dict())
     x = torch.randn(4, 16)
     torch.testing.assert_close(GradSampleModule(model, mode=mode)(x), twin(x))
+
+
+class Looked(nn.Module):
+    """A table with sparse gradients, in its own module or as a function."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.out = kind, nn.Linear(D, 2)
+        self.table: Any = nn.Embedding(7, D, sparse=True)
+        if kind == "bag":
+            self.table = nn.EmbeddingBag(7, D, mode="sum", sparse=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.kind == "function":
+            return self.out(nn.functional.embedding(ids, self.table.weight, sparse=self.table.sparse)).sum(1)
+        found = self.table(ids)
+        return self.out(found if self.kind == "bag" else found.sum(1))
+
+
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+@pytest.mark.parametrize("kind", ["module", "function", "bag"])
+def test_sparse_gradients_are_taken_dense(kind: str, mode: str) -> None:
+    torch.manual_seed(0)
+    model, ids = Looked(kind), torch.randint(7, (4, 5))
+    twin = copy.deepcopy(model)
+    twin.table.sparse = False
+    wrapped = GradSampleModule(model, mode=mode)
+    wrapped(ids).square().sum(1).mean().backward()
+    for found, one in zip(model.table.weight.grad_sample, ids.split(1), strict=True):
+        (expected,) = torch.autograd.grad(twin(one).square().sum(), twin.table.weight)
+        torch.testing.assert_close(found, expected)
