@@ -6,7 +6,7 @@ checks what came back, and leaves out frozen parameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -123,6 +123,14 @@ def _checked(
 ) -> PerParameter:
     """The trainable entries of `results`, after checking that none of the layer's own is missing or misshapen."""
     own = layer._parameters if isinstance(layer, nn.Module) else {}
+    if not isinstance(results, Mapping) or not all(isinstance(x, Tensor) for pair in results.items() for x in pair):
+        what = type(results).__name__
+        if isinstance(results, Mapping):
+            what += f" of {', '.join(sorted({f'{type(p).__name__}: {type(v).__name__}' for p, v in results.items()}))}"
+        raise TypeError(
+            f"the sampler of {_name(sampler)} returned a {what}, expected a dict from parameters to tensors: return "
+            "{layer.weight: ..., layer.bias: ...}, with the parameters themselves and not their names as keys"
+        )
     for name, parameter in own.items():
         if parameter is not None and parameter.requires_grad and parameter not in results:
             raise ValueError(f"the sampler of {_name(sampler)} returned nothing for the trainable parameter '{name}'")

@@ -129,6 +129,7 @@ class PrivacyEngine:
             raise ValueError("Passing seed is prohibited in secure mode: noise_generator must be None")
         data_loader = unwatched(logical_batches(data_loader))
         preparation.check_parameters(module, optimizer)
+        preparation.check_spent(optimizer, self.accountant)
         preparation.check_assumption(self.accountant, poisson_sampling, data_loader)
         distributed = preparation.is_distributed(module)
         loader = preparation.private_loader(

@@ -12,6 +12,7 @@ from gsm.capture import Capture, CapturedForward, Runner
 from gsm.contributions import Record
 from gsm.functions import Tap, TapMany
 from gsm.layout import Layout, Rows, Unresolvable
+from gsm.sampler_check import check_sampler, is_users, shown_instead
 from gsm.structures import tensors_in
 from gsm.tape import Pass
 from gsm.tracked import Tracked
@@ -40,8 +41,12 @@ class SampledUse:
         return x if layout is None or x.dim() <= layout.dim else layout.to_front(x, self.batch_size)
 
 
-def run_sampler(sampler: Sampler, path: str) -> Runner:
-    """A runner that calls the layer with detached parameters and taps its output for ``sampler``."""
+def run_sampler(sampler: Sampler, path: str, strict: bool = False) -> Runner:
+    """A runner that calls the layer with detached parameters and taps its output for ``sampler``.
+
+    ``strict``: if the sampler is a user's, what it gives is compared with autograd before the first batch.
+    """
+    checked = strict and is_users(sampler)
 
     def run(capture: Capture, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         active, module = capture.tape.active, forward.module
@@ -53,7 +58,12 @@ def run_sampler(sampler: Sampler, path: str) -> Runner:
         layouts = [active.layout(f"{path}:input{i}", x) for i, x in enumerate(inputs)]
         if not any(layouts):
             raise Unresolvable(f"{path or 'the model'}: none of its inputs depends on the samples", names)
-        out = _with_detached(module, forward, args, kwargs)
+        tried = active.log is not None and active.tape.layouts  # the probe runs, and knows where the batch lies
+        if checked and tried and not active.tape.trusts_samplers:
+            check_sampler(module, sampler, path, forward.original, args, kwargs, layouts, active.batch_size)
+        detached = {n: p.detach() for n, p in module._parameters.items() if p is not None and p.requires_grad}
+        with shown_instead(module, detached):  # autograd computes only the input's gradient
+            out = forward.original(*args, **kwargs)
         use = SampledUse(active, module, sampler, layouts)
         if isinstance(out, Tensor):
             return Tap.apply(out, capture.tape.anchor, use, True, *inputs)
@@ -65,18 +75,3 @@ def run_sampler(sampler: Sampler, path: str) -> Runner:
         return tree_unflatten(leaves, spec)
 
     return run
-
-
-def _with_detached(module: nn.Module, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The layer's own forward with its own parameters cut off, so that autograd computes only its input's gradient."""
-    place = module.__dict__
-    before = {n: place[n] for n in module._parameters if n in place}
-    try:
-        for name, p in module._parameters.items():
-            if p is not None and p.requires_grad:
-                place[name] = p.detach()
-        return forward.original(*args, **kwargs)
-    finally:
-        for name in module._parameters:
-            place.pop(name, None)
-        place.update(before)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # Which tape captures a parameter: how an optimizer finds its gradients without being introduced to a wrapper.
 # The tape is held weakly, as it holds the parameter: its wrapper, or the wrapped modules, keep it.
 _TAPES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+# Parameters that a `gsm.DPOptimizer` holds: it scales the noise by how often a record may have been clipped. Opacus's
+# does not.
+_SCALED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 class PerSampleGradients(Protocol):
@@ -149,6 +152,17 @@ def stack_rows(rows: Sequence[Tensor | None], params: Sequence[Tensor], batch_si
         like = torch.zeros(batch_size, dtype=torch.float64 if wide else torch.float32, device=like.device)
         rows = [like if r is None else r.to(like) for r in rows]
     return torch.stack(rows)  # type: ignore[arg-type]
+
+
+def noise_is_scaled(params: Sequence[nn.Parameter]) -> bool:
+    """Whether optimizers of this library hold all of ``params``."""
+    return all(p in _SCALED for p in params)
+
+
+def scales_noise(params: Sequence[nn.Parameter]) -> None:
+    """An optimizer of this library holds ``params`` from now on."""
+    for p in params:
+        _SCALED[p] = True
 
 
 def register_tape(param: nn.Parameter, tape: Tape) -> None:

@@ -27,6 +27,7 @@ from gsm.optimizer_checks import (
     NO_BACKWARD,
     OVERLAPPING,
     check_finite,
+    check_reduction,
     check_settings,
     check_wrapped,
     checked_rate,
@@ -106,6 +107,7 @@ class DPOptimizer(OptimizerInterface):
         self._reset()
         for p in self.params:
             p.summed_grad = None  # type: ignore[attr-defined]
+        ledger.scales_noise(self.params)
 
     def _reset(self) -> None:
         """No logical batch under way."""
@@ -266,6 +268,7 @@ class DPOptimizer(OptimizerInterface):
             self._is_last_step_skipped = self._pending.joins = True
             return False
         self._is_last_step_skipped = False
+        check_reduction(self.loss_reduction, self.expected_batch_size)
         self.clipping.validate(self.noise_multiplier, self.expected_batch_size, len(self.params))
         self._check_drawn()
         self._charge()

@@ -102,10 +102,7 @@ def check_settings(
             )
             + "Use SGD, Adam or another first-order optimizer for dense gradients."
         )
-    if loss_reduction not in ("mean", "sum"):
-        raise ValueError(f"Unexpected value for loss_reduction: {loss_reduction!r}; it is 'mean' or 'sum'.")
-    if loss_reduction == "mean" and expected_batch_size is None:
-        raise ValueError("You must provide expected_batch_size if loss_reduction is mean: the sum is divided by it.")
+    check_reduction(loss_reduction, expected_batch_size)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
     if secure_mode and generator is not None:
@@ -114,6 +111,14 @@ def check_settings(
         )
     if noise is not None and (secure_mode or generator is not None):
         raise ValueError("noise= brings its own randomness: pass it without generator= and secure_mode=.")
+
+
+def check_reduction(loss_reduction: str, expected_batch_size: float | None) -> None:
+    """What the sum is divided by must be known; both can be assigned between two steps."""
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"Unexpected value for loss_reduction: {loss_reduction!r}; it is 'mean' or 'sum'.")
+    if loss_reduction == "mean" and expected_batch_size is None:
+        raise ValueError("You must provide expected_batch_size if loss_reduction is mean: the sum is divided by it.")
 
 
 def check_wrapped(optimizer: Optimizer, params: Sequence[nn.Parameter], loss_reduction: str) -> None:

@@ -4,7 +4,8 @@ A buffer that follows the data (a running mean, a codebook, a cache) is part of 
 without noise; so does a parameter that the forward writes to, frozen or not (a codebook, scales set from the first
 batch), and what a module adds to the state dict by `get_extra_state`. What changes in the same way whatever the data
 are (counters, the power iteration of spectral normalisation) is fine. What is written only once, without a buffer that
-says so, is over before this looks; what is written for the first time later is said when it happens.
+says so, is over before this looks: of parameters that is said, and of anything that is written for the first time
+later, when it happens.
 """
 
 from __future__ import annotations
@@ -51,6 +52,11 @@ LATE = (
     "The forward wrote to {name} for the first time now, and not when the model was looked at before its first batch. "
     "If what it writes depends on the data, that leaves the training without noise (it is in the state dict), and no "
     "epsilon covers it: switch it off, or do it with public data before training."
+)
+ONCE = (
+    "The model's first forward wrote to {names}, and the next one did not (scales set from the first batch do that). "
+    "If what it wrote depends on the data, that is in the model without noise, and no epsilon covers it: run the model "
+    "once on public data before it is wrapped."
 )
 
 
@@ -172,6 +178,10 @@ def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, wri
         return found
 
     first = after(inputs)
+    once = [o for o, a, b in zip(owners, first, before, strict=True) if o[2] is o[1]._parameters and _equal(a, b)]
+    if once:
+        names = ", ".join(f"{path}.{name}" if path else name for path, *_, name in once)
+        warnings.warn(ONCE.format(names=names), stacklevel=6)
     if all(map(_equal, first, before)):
         return
     others = _others(inputs)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gsm.capture import Capture, CapturedForward, Runner
 from gsm.layout import Layout, Rows, Unresolvable
@@ -26,6 +26,7 @@ from gsm.resolve import expanded
 from gsm.structures import make_known
 from gsm.tape import Pass
 from gsm.tracked import Tracked
+from gsm.undisturbed import buffers_restored, same_bits
 
 
 class VmapFails(Unresolvable):
@@ -82,7 +83,8 @@ def run_subtree(path: str, tracked: dict[str, Tracked], loop: bool) -> Runner:
                 _check_vmap(call, tracked)
             copies = {n: expanded(active, t) for n, t in tracked.items()}
             try:
-                outputs, rebuild = (_looped if loop else _mapped)(call, copies)
+                with DenseGradients():
+                    outputs, rebuild = (_looped if loop else _mapped)(call, copies)
             except Exception as error:
                 if active.log is None or isinstance(error, Unresolvable):
                     raise
@@ -119,10 +121,42 @@ def _layout(active: Pass, path: str, i: int, x: Any) -> Layout | Rows | None:
 Outputs = tuple[Sequence[Tensor], Callable[[list[Any]], Any]]
 
 
+class WithoutHooks(nn.Module):
+    """The forward of a subtree's root. Its hooks run around the whole batch, and must not change a sample again.
+
+    What hooks before the forward do to the module itself is done for each sample: from its own parameters they make
+    the weights (``torch.nn.utils.weight_norm`` and ``prune``).
+    """
+
+    def __init__(self, root: nn.Module):
+        super().__init__()
+        self.root = root
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        root = self.root
+        for key, hook in list(root._forward_pre_hooks.items()):
+            seen_args, seen_kwargs = tree_map(_own_memory, (args, kwargs))  # one may write to its input
+            if key in root._forward_pre_hooks_with_kwargs:
+                hook(root, seen_args, seen_kwargs)
+            else:
+                hook(root, seen_args)
+        return root.forward(*args, **kwargs)
+
+
+def _own_memory(x: Any) -> Any:
+    return x.clone() if isinstance(x, Tensor) else x
+
+
+def _call(module: nn.Module, tensors: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's forward with ``tensors`` in the places of its parameters and buffers."""
+    named = {f"root.{n}": t for n, t in tensors.items()}
+    return functional_call(WithoutHooks(module), named, args, kwargs, tie_weights=True)
+
+
 def _one(call: Call, params: dict[str, Tensor], leaves: list[Any], box: dict[str, Any]) -> list[Tensor]:
     """The subtree on one sample; its output's tensors, the rest of the structure left in ``box``."""
     args, kwargs = tree_unflatten(leaves, call.spec)
-    out, box["spec"] = tree_flatten(make_known(functional_call(call.module, params, args, kwargs, tie_weights=True)))
+    out, box["spec"] = tree_flatten(make_known(_call(call.module, params, args, kwargs)))
     for leaf in out:
         if not isinstance(leaf, (Tensor, bool, str, type(None), torch.dtype, torch.device)):
             what = f"the number {leaf}" if isinstance(leaf, (int, float)) else f"a {type(leaf).__name__}"
@@ -174,10 +208,34 @@ def _looped(call: Call, copies: dict[str, Tensor]) -> Outputs:
     box: dict[str, Any] = {}
     rows = _sample_first(call)
     results = []
+    buffers = dict(call.module.named_buffers())
+    before = {n: b.detach().clone() for n, b in buffers.items()} if call.size > 1 else {}
+    written: list[str] = []
     for i in range(call.size):
         sample = [x if lay is None else x[i] for x, lay in zip(rows, call.layouts, strict=True)]
-        results.append(_one(call, {n: c[i] for n, c in copies.items()}, sample, box))
+        # The model runs once: a counter or a power iteration goes one step on, and every sample starts from the same.
+        given = {n: before[n].clone() for n in written}
+        results.append(_one(call, {**{n: c[i] for n, c in copies.items()}, **given}, sample, box))
+        if i == 0 and before:
+            now = dict(call.module.named_buffers())
+            written = [n for n, b in before.items() if now.get(n) is not buffers[n] or not same_bits(buffers[n], b)]
     return [torch.stack(parts) for parts in zip(*results, strict=True)], _rebuild(box)
+
+
+class DenseGradients(TorchFunctionMode):
+    """Tables built with ``sparse=True``: a sparse gradient cannot go back into one of the parameter's copies."""
+
+    _PLACES = {F.embedding: 6, F.embedding_bag: 7}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        place = self._PLACES.get(func)
+        if place is None:
+            return func(*args, **(kwargs or {}))
+        return func(*args[:place], *((False,) if len(args) > place else ()), *args[place + 1 :], **self._dense(kwargs))
+
+    @staticmethod
+    def _dense(kwargs: Any) -> dict[str, Any]:
+        return {n: False if n == "sparse" else v for n, v in (kwargs or {}).items()}
 
 
 class RepairedForVmap(TorchFunctionMode):
@@ -202,7 +260,8 @@ def _check_vmap(call: Call, tracked: dict[str, Tracked]) -> None:
     for each in (_mapped, _looped):
         copies = {n: t.gsm_value.detach().expand(size, *t.shape).clone().requires_grad_() for n, t in tracked.items()}
         try:
-            with Settled(0.3, 0.3):  # the same random numbers for all samples at once as for one after the other
+            # The same random numbers for all samples at once as for one after the other, and the same buffers.
+            with Settled(0.3, 0.3), buffers_restored(call.module), DenseGradients():
                 outputs, _ = each(call, copies)
                 floating = [o for o in outputs if o.requires_grad]
                 total = sum(
@@ -251,10 +310,10 @@ def _empty(
 ) -> Any:
     """No samples: the subtree runs on the empty batch, and its parameters' gradient is zero."""
     params = {n: t.gsm_value.detach() + expanded(active, t).sum(0) for n, t in tracked.items()}
-    return functional_call(module, params, args, kwargs, tie_weights=True)
+    return _call(module, params, args, kwargs)
 
 
 def _plain(module: nn.Module, tracked: dict[str, Tracked], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The whole batch at once, with nothing captured: all that a first look at the model needs."""
     params = {n: t.gsm_value.detach().requires_grad_() for n, t in tracked.items()}
-    return functional_call(module, params, args, kwargs, tie_weights=True)
+    return _call(module, params, args, kwargs)

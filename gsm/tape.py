@@ -74,6 +74,7 @@ class Tape:
         self.active: Pass | None = None
         self.enabled = True
         self.live = True  # until the capture is removed
+        self.trusts_samplers = False  # users' samplers are compared with autograd before the first batch
         self.inside: str | None = None  # the subtree that is running as a whole, if one is
         self.judging = False  # derivatives are asked for that are no backward of a training
         self.after_backward: list[Callable[[], None]] = []

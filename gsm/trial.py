@@ -69,8 +69,9 @@ def resized(
             dim = preferred if x.shape[preferred] == size else list(x.shape).index(size)
         floating = x.is_floating_point()
         invented = not mild and (floating or (size == 1 and not x.is_cuda))
-        if invented or (x.dim() == 1 and not floating):
-            # In their order, the last one repeated: lengths that were sorted stay sorted.
+        if x.dim() == 1 and not floating:
+            rows = [x.select(dim, i) for i in _in_order(x, [i for i, _ in turns], other)]
+        elif invented:
             rows = [_changed(x.select(dim, i), times) for i, times in turns]
         else:
             rows = [x.select(dim, (i + times) % size) for i, times in turns]
@@ -80,6 +81,22 @@ def resized(
         return out.detach().requires_grad_(x.requires_grad) if floating else out
 
     return tree_map(pick, value, is_leaf=lambda x: isinstance(x, PackedSequence))
+
+
+def _in_order(numbers: Tensor, samples: list[int], other: int | None) -> list[int]:
+    """Whose numbers ``samples`` get: their own, the last one repeated, so that lengths that were sorted stay sorted.
+
+    The one at ``other`` gets those of a sample from here to its neighbour: where it was first the least, where it was
+    last the greatest. A model that pads or cuts to the batch's longest or shortest sample shows it.
+    """
+    samples = list(samples)
+    if other is None or numbers.is_meta:
+        return samples
+    end = len(numbers) - 1
+    others = range(1, samples[1] + 1) if other == 0 else range(samples[-2], end)
+    if others:
+        samples[other] = (min if other == 0 else max)(others, key=numbers.tolist().__getitem__)
+    return samples
 
 
 def _changed(sample: Tensor, times: int) -> Tensor:

@@ -70,11 +70,12 @@ def buffers_restored(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, b, before in held:
                 module._buffers[name] = b  # a forward may have put another tensor in its place
-                if b.shape == before.shape and not _same_bits(b, before):
+                if b.shape == before.shape and not same_bits(b, before):
                     b.copy_(before)
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Equal to the last bit, whatever way the two are stored."""
     pairs = list(zip(stored(one), stored(other), strict=True))
     return all(a.shape == b.shape and torch.equal(_bits(a), _bits(b)) for a, b in pairs)
 

@@ -81,7 +81,7 @@ class CapturePlan:
                 continue
             sampler, composed = own_sampler(module), composition(module)
             if sampler is not None and own:
-                runners[path] = run_sampler(sampler, path)
+                runners[path] = run_sampler(sampler, path, self.strict)
             elif composed is not None and any(p.requires_grad for p in module.parameters()):
                 runners[path] = _composed(composed)
             if own:

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from gsm.capture import CapturedForward
 from gsm.compiled import EAGER
 from gsm.layout import SamplesInfluenceEachOther
-from gsm.ledger import forget_tape, register_tape
+from gsm.ledger import forget_tape, noise_is_scaled, register_tape
 from gsm.loss_check import LossCheck
 from gsm.plan import Plan
 from gsm.planner import Planner
@@ -33,6 +33,12 @@ USED = (
 OUTSIDE = (
     " Here an earlier backward's gradients wait only at {names}: if the private optimizer does not hold them, freeze "
     "them with requires_grad_(False) before make_private, or put them into the optimizer."
+)
+SIDE_BY_SIDE = (
+    "{n} backward passes without zero_grad() in between: p.grad_sample is a list of all their samples. Opacus's "
+    "DPOptimizer clips every row of it on its own, adds noise for one bound and charges one step: a record that is in "
+    "several of them is not covered by its epsilon. Call zero_grad() before a new backward, or use gsm.DPOptimizer, "
+    "which scales the noise. If all rows are of different records, nothing is wrong."
 )
 MODES = ("auto", "hooks", "ghost", "functorch", "loop")
 
@@ -141,9 +147,17 @@ class GradSampleModule(AbstractGradSampleModule):
         """The opposite of :meth:`forbid_grad_accumulation`."""
         self.grad_accumulation_allowed = True
 
+    def _warn_if_side_by_side(self) -> None:
+        held = next((getattr(p, "grad_sample", None) for p in self._tape.params if p.requires_grad), None)
+        if not isinstance(held, list) or noise_is_scaled([p for p in self._tape.params if p.requires_grad]):
+            return
+        unused = [g for g in held if not hasattr(g, "_processed")]
+        if unused[1:]:
+            warnings.warn(SIDE_BY_SIDE.format(n=len(unused)), stacklevel=2)
+
     def _after_backward(self) -> None:
         if self.grad_accumulation_allowed:
-            return
+            return self._warn_if_side_by_side()
         tape = self._tape
         trainable = [p for p in tape.params if p.requires_grad]
         earlier = {p: h[:-1] for p in trainable if isinstance(h := getattr(p, "grad_sample", None), list) and h[1:]}

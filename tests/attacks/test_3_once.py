@@ -1,8 +1,10 @@
 """Class 3: a record counted twice, or left over from before."""
 
+import opacus.optimizers
 import pytest
 import torch
 
+from gsm import DPOptimizer, GradSampleModule
 from tests.attacks.tools import CE, RECORDS, clipped_sum, data, step, training, watched
 
 X, Y = data(8, scale=30.0).tensors
@@ -159,3 +161,24 @@ def test_every_record_is_in_an_epochs_batches_as_often_as_the_rate_says():
             seen[batch] += 1
     expected = 60 * len(sampler) * sampler.sample_rate
     assert (seen - expected).abs().max() < 5 * expected**0.5
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["opacus's optimizer", "this library's"])
+def test_two_backwards_under_opacuss_own_optimizer_are_said(ours, recwarn):
+    """Guard: ``_warn_if_side_by_side``; Opacus's optimizer clips both and adds noise for one."""
+    model = GradSampleModule(torch.nn.Linear(3, 2))
+    kind = DPOptimizer if ours else opacus.optimizers.DPOptimizer
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = kind(sgd, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4)
+    x = torch.randn(4, 3)
+    for _ in range(2):  # a step forgotten, or an exception in between
+        model(x).square().sum(1).mean().backward()
+    said = [str(w.message) for w in recwarn if "2 backward passes without zero_grad()" in str(w.message)]
+    assert len(said) == (0 if ours else 1)
+    optimizer.zero_grad()
+    recwarn.clear()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum(1).mean().backward()
+        optimizer.step()
+    assert not [w for w in recwarn if "backward passes" in str(w.message)]

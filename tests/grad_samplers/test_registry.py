@@ -189,3 +189,18 @@ def test_every_layer_of_torch_with_its_own_parameters_is_covered():
             assert (reason_unsupported(cls(*arguments[cls])) is None) == (cls not in mixing), name
         else:
             assert "weight" not in inspect.get_annotations(cls) and not hasattr(cls, "reset_parameters"), name
+
+
+@pytest.mark.parametrize(
+    "results, what",
+    [
+        (lambda w, g: [g], "a list, expected a dict"),
+        (lambda w, g: None, "a NoneType, expected a dict"),
+        (lambda w, g: {"weight": g}, "a dict of str: Tensor, expected a dict from parameters"),
+        (lambda w, g: {w: None}, "a dict of Parameter: NoneType, expected"),
+    ],
+)
+def test_a_sampler_that_returns_something_else_is_told_what_to_return(scale, results, what):
+    register_grad_sampler(Scale)(lambda layer, a, g: results(layer.weight, a[0] * g))
+    with pytest.raises(TypeError, match=f"sampler of Scale returned {what}"):
+        grad_samplers.per_sample_gradients(scale, [torch.ones(4, 3)], torch.ones(4, 3))

@@ -131,6 +131,7 @@ def test_it_is_said_once() -> None:
     wrapped = GradSampleModule(net)
     with pytest.warns(UserWarning, match=r"^block is compiled .*gains nothing from torch.compile"):
         wrapped(torch.randn(5, 4).double()).mean().backward()
+    wrapped.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         wrapped(torch.randn(5, 4).double()).mean().backward()
@@ -141,6 +142,7 @@ def test_it_is_said_once_of_a_compiled_wrapper() -> None:
     call = torch.compile(wrapped, backend="eager")
     with pytest.warns(UserWarning, match=r"^What calls the wrapped model is compiled"):
         call(torch.randn(5, 4).double()).mean().backward()
+    wrapped.zero_grad()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         call(torch.randn(5, 4).double()).mean().backward()

@@ -316,6 +316,20 @@ def test_private_parts_can_be_made_private_again():
     assert second.sample_rate == loader.sample_rate and len(second) == len(loader)
 
 
+def test_a_second_accountant_does_not_know_what_the_first_was_charged():
+    """Both trainings are of the same records: neither epsilon is that of the two."""
+    _, model, optimizer, loader = private()
+    train(model, optimizer, loader, steps=3)
+    with pytest.warns(UserWarning, match=r"made 3 private release\(s\) before.*pass accountant=optimizer.accountant"):
+        private(made=(model, optimizer, loader))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="This optimizer made")
+        engine = PrivacyEngine(accountant=optimizer.accountant)
+        _, model, optimizer, loader = private(engine, made=(model, optimizer, loader))
+        train(model, optimizer, loader, steps=2)
+        assert sum(steps for *_, steps in engine.accountant.history) == 5
+
+
 def test_frozen_parameters_stay_as_they_are():
     model, _, loader = parts()
     for p in model[0].parameters():

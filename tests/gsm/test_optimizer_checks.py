@@ -108,3 +108,18 @@ def test_a_build_of_torch_without_processes_is_not_asked_how_many_there_are(monk
     deliver(params, gradients(params, 3))
     optimizer.step()
     assert optimizer.releases == 1
+
+
+@pytest.mark.parametrize("change", [{"expected_batch_size": None}, {"loss_reduction": "none"}])
+def test_settings_assigned_later_are_checked_before_anything_is_charged(change):
+    params = parameters()
+    optimizer = private(params)
+    deliver(params, gradients(params, 4))
+    charged = []
+    optimizer.accountant = type("A", (), {"step": lambda self, **kw: charged.append(kw), "history": []})()
+    optimizer.sample_rate = 0.1
+    for name, value in change.items():
+        setattr(optimizer, name, value)
+    with pytest.raises(ValueError, match="loss_reduction"):
+        optimizer.step()
+    assert not charged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -799,3 +800,65 @@ class CentredProducts(nn.Module):
 def test_influence_is_not_forgotten_over_a_use_without_a_rule() -> None:
     with pytest.raises(SamplesInfluenceEachOther, match="centres is used by inner"):
         GradSampleModule(CentredProducts())(torch.randn(6, 4))
+
+
+class ToTheLongest(nn.Module):
+    """Padded to the batch's longest sample (or cut to its shortest), as `pad_packed_sequence` does; and averaged."""
+
+    def __init__(self, ordered: bool, cut: bool = False) -> None:
+        super().__init__()
+        self.rnn, self.out, self.ordered, self.cut = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 2), ordered, cut
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        if self.cut:
+            return self.out(self.rnn(x[:, : int(lengths.min())])[0].mean(1))
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=self.ordered)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return self.out(padded.mean(1))
+
+
+class OverItsOwn(ToTheLongest):
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=self.ordered)
+        padded, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return self.out(padded.sum(1) / lengths[:, None])
+
+
+LENGTHS = [[6, 5, 4, 2, 1], [6, 6, 4, 2, 2], [6, 2, 3, 2, 4], [2, 3, 1, 2, 6], [5, 2, 6, 3, 3]]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("cut", [False, True], ids=["padded", "cut"])
+def test_lengths_of_other_samples_are_an_influence(lengths: list[int], cut: bool) -> None:
+    model = GradSampleModule(ToTheLongest(lengths == sorted(lengths, reverse=True), cut), mode="ghost")
+    with pytest.raises(SamplesInfluenceEachOther, match="changed when only other samples of the batch did"):
+        model(torch.randn(5, 7, 3), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_an_average_over_a_samples_own_length_is_none(lengths: list[int]) -> None:
+    check(OverItsOwn(lengths == sorted(lengths, reverse=True)), (torch.randn(5, 7, 3), torch.tensor(lengths)))
+
+
+class SetFromTheFirst(nn.Module):
+    """Scales set from the first batch, as ActNorm does; that it is done, no buffer says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.done = nn.Parameter(torch.ones(3)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.done:
+            self.scale.data.copy_(1 / (x.std(0) + 1))
+            self.done = True
+        return x * self.scale
+
+
+@pytest.mark.parametrize("mode", ["ghost", "hooks", "functorch", "loop"])
+def test_parameters_that_only_the_first_forward_writes_to_are_named(mode: str) -> None:
+    model = GradSampleModule(nn.Sequential(nn.Linear(3, 3), SetFromTheFirst()), mode=mode)
+    with pytest.warns(UserWarning, match=r"first forward wrote to 1\.scale, and the next one did not"):
+        model(torch.randn(4, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -208,3 +209,133 @@ def test_random_numbers_do_not_make_vmap_look_different_from_the_loop() -> None:
     wrapped(torch.randn(4, 3)).sum().backward()
     assert {entry.rung for entry in wrapped.plan} == {"functorch"}
     assert not torch.equal(state, torch.get_rng_state())
+
+
+def twice(layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+def scaled_by_its_bias(layer: Any, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0] * layer.bias.exp(),)
+
+
+def in_place(layer: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
+    args[0].mul_(3.0)
+
+
+def hooked(kind: str) -> nn.Module:
+    model = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+    layer = model[2]
+    if kind == "forward":
+        layer.register_forward_hook(twice)
+    elif kind == "of the parameter":
+        layer.register_forward_hook(lambda layer, inputs, output: output * layer.weight.norm())
+    elif kind == "before":
+        layer.register_forward_pre_hook(scaled_by_its_bias)
+    elif kind == "before, in place":
+        layer.register_forward_pre_hook(in_place, with_kwargs=True)
+    elif kind == "backward":
+        layer.register_full_backward_hook(lambda layer, inwards, outwards: (3 * inwards[0],))
+    return model
+
+
+KINDS = ["forward", "of the parameter", "before", "before, in place", "backward"]
+
+
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hook_on_a_subtree_changes_a_sample_once(kind: str, mode: str) -> None:
+    check(hooked(kind), torch.randn(4, D), mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+def test_a_hook_that_makes_the_weights_makes_each_samples_own(mode: str) -> None:
+    """Equalised learning rates, and `torch.nn.utils.prune`: the weight is made anew before every forward."""
+
+    layer: Any = nn.Linear(D, D)
+    layer.weight_orig = layer._parameters.pop("weight")
+    layer.weight = layer.weight_orig.detach()
+    layer.register_forward_pre_hook(lambda layer, inputs: setattr(layer, "weight", layer.weight_orig * 2))
+    check(layer, torch.randn(4, D), mode=mode)
+
+
+class Counting(nn.Module):
+    """Follows the number of forwards, as annealing does; no two of them have the same gradients."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.weight, self.in_place = nn.Parameter(torch.randn(D, D)), in_place
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_place:
+            self.steps += 1
+        else:
+            self.steps = self.steps + 1
+        return x @ self.weight * self.steps
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+def test_one_forward_is_one_step_of_a_buffer_for_all_samples(mode: str, in_place: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Counting(in_place), nn.Tanh()), torch.randn(4, D)
+    wrapped = GradSampleModule(model, mode=mode)
+    for step in range(1, 3):
+        wrapped.zero_grad()
+        out = wrapped(x)
+        out.sum(1).mean().backward()
+        assert model[0].steps == step
+        plain = torch.tanh(step * x @ model[0].weight)
+        torch.testing.assert_close(out, plain)
+        (expected,) = torch.autograd.grad(plain.sum(1).mean(), model[0].weight)
+        torch.testing.assert_close(model[0].weight.grad_sample.mean(0), expected)
+
+
+def test_a_model_whose_buffers_move_with_every_forward_is_run_by_vmap_all_the_same() -> None:
+    model = nn.Sequential(Counting(True), nn.Tanh())
+    wrapped = GradSampleModule(model, mode="functorch")
+    wrapped(torch.randn(4, D)).sum().backward()
+    assert wrapped.plan.rung("0.weight") == "functorch"
+
+
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+def test_the_power_iteration_goes_one_step_for_all_samples(mode: str) -> None:
+    torch.manual_seed(0)
+    model, twin = (nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))) for _ in range(2))
+    for vector in (model[0].parametrizations.weight[0]._u, model[0].parametrizations.weight[0]._v):
+        vector.copy_(torch.eye(16)[0])  # far from the end
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(4, 16)
+    torch.testing.assert_close(GradSampleModule(model, mode=mode)(x), twin(x))
+
+
+class Looked(nn.Module):
+    """A table with sparse gradients, in its own module or as a function."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.out = kind, nn.Linear(D, 2)
+        self.table: Any = nn.Embedding(7, D, sparse=True)
+        if kind == "bag":
+            self.table = nn.EmbeddingBag(7, D, mode="sum", sparse=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.kind == "function":
+            return self.out(nn.functional.embedding(ids, self.table.weight, sparse=self.table.sparse)).sum(1)
+        found = self.table(ids)
+        return self.out(found if self.kind == "bag" else found.sum(1))
+
+
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+@pytest.mark.parametrize("kind", ["module", "function", "bag"])
+def test_sparse_gradients_are_taken_dense(kind: str, mode: str) -> None:
+    torch.manual_seed(0)
+    model, ids = Looked(kind), torch.randint(7, (4, 5))
+    twin = copy.deepcopy(model)
+    twin.table.sparse = False
+    wrapped = GradSampleModule(model, mode=mode)
+    wrapped(ids).square().sum(1).mean().backward()
+    for found, one in zip(model.table.weight.grad_sample, ids.split(1), strict=True):
+        (expected,) = torch.autograd.grad(twin(one).square().sum(), twin.table.weight)
+        torch.testing.assert_close(found, expected)

@@ -1,0 +1,112 @@
+"""A user's wrong sampler stops the training before its first batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grad_samplers
+from gsm import GradSampleModule
+from gsm.sampler_check import is_users
+from tests.compare import check
+
+D = 3
+
+
+class Affine(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(D, D)), nn.Parameter(torch.randn(D))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return (x @ self.weight.t()) * scale + self.bias
+
+
+class Scaled(nn.Module):
+    """Calls it with an option by name."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.first, self.layer, self.scale = nn.Linear(D, D), Affine(), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.first(x), scale=self.scale)
+
+
+def right(layer: Any, a: list[Tensor], g: Tensor) -> dict[Tensor, Tensor]:
+    return {layer.weight: torch.einsum("bti,btj->bij", g, a[0]), layer.bias: g.sum(1)}
+
+
+def wrong(change: Callable[[Tensor], Tensor], name: str = "weight") -> Callable[..., dict[Tensor, Tensor]]:
+    def sampler(layer: Any, a: list[Tensor], g: Tensor) -> dict[Tensor, Tensor]:
+        found = right(layer, a, g)
+        return {p: change(v) if p is getattr(layer, name) else v for p, v in found.items()}
+
+    return sampler
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    yield
+    if Affine in grad_samplers.registered():
+        grad_samplers.unregister(Affine)
+
+
+def run(model: nn.Module, mode: str = "ghost", **options: Any) -> None:
+    GradSampleModule(model, mode=mode, **options)(torch.randn(4, 5, D)).square().sum((1, 2)).mean().backward()
+
+
+CHANGES: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    ("twice as large", lambda v: 2 * v),
+    ("divided by the batch", lambda v: v / len(v)),
+    ("of the next sample", lambda v: v.roll(1, 0)),
+    ("the same for all", lambda v: v.sum(0).expand_as(v)),
+    ("without a part", lambda v: torch.cat([v[:, :1], torch.zeros_like(v[:, 1:])], 1)),
+]
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost", "auto"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("change", [c for _, c in CHANGES], ids=[n for n, _ in CHANGES])
+def test_gradients_that_are_not_the_samples_own_are_named(change: Any, name: str, mode: str) -> None:
+    grad_samplers.register_grad_sampler(Affine)(wrong(change, name))
+    with pytest.raises(ValueError, match=rf"registered for Affine is wrong: the per-sample.*layer\.{name} differs"):
+        run(Scaled(), mode)
+
+
+def test_an_option_that_the_sampler_ignores_shows_where_it_is_used() -> None:
+    grad_samplers.register_grad_sampler(Affine)(right)
+    check(Scaled(), torch.randn(4, 5, D), mode="ghost")
+    with pytest.raises(ValueError, match=r"layer\.weight differs from autograd's by a relative error of 0\.67"):
+        run(Scaled(3.0))
+
+
+def test_norms_and_weighted_sums_are_compared_too() -> None:
+    grad_samplers.register_grad_sampler(Affine)(right)
+    small: Any = grad_samplers.register_norm_sampler(Affine)
+    small(lambda layer, a, g: {p: 0.5 * v.flatten(1).norm(dim=1) for p, v in right(layer, a, g).items()})
+    with pytest.raises(ValueError, match=r"the norm that it gives for layer\."):
+        run(Scaled())
+    grad_samplers.unregister(Affine)
+    grad_samplers.register_grad_sampler(Affine)(right)
+    unweighted: Any = grad_samplers.register_weighted_sampler(Affine)
+    unweighted(lambda layer, a, g, weights: {p: v.sum(0) for p, v in right(layer, a, g).items()})
+    with pytest.raises(ValueError, match=r"the weighted sum that it gives for layer\."):
+        run(Scaled())
+
+
+def test_without_claims_about_privacy_nothing_is_compared() -> None:
+    grad_samplers.register_grad_sampler(Affine)(wrong(lambda v: 2 * v))
+    run(Scaled(), strict=False)
+
+
+def test_only_users_samplers_are_compared() -> None:
+    theirs = grad_samplers.lookup(nn.Linear(2, 2))
+    assert theirs is not None and not is_users(theirs)
+    grad_samplers.register_grad_sampler(Affine)(right)
+    own = grad_samplers.lookup(Affine())
+    assert own is not None and is_users(own)
