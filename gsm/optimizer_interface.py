@@ -13,9 +13,10 @@ import torch
 from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch.utils.hooks import RemovableHandle
 
+from gsm import drawn
 from gsm.clipping import Clipping
 from gsm.noise import Noise
-from gsm.optimizer_checks import LARGER, SCALED, SHARED, UNDRAWN
+from gsm.optimizer_checks import FEWER_ROWS, LARGER, SCALED, SHARED, UNDRAWN
 from gsm.release import PendingRelease
 
 
@@ -59,6 +60,7 @@ class OptimizerInterface(OpacusDPOptimizer):
         self.step_hooks: list[Callable[[Any], None]] = []
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._drawn_first = self._drawn_before = drawn.now()
 
     def _warn_once(self, message: str) -> None:
         kind = message[:40]  # the numbers in it may differ
@@ -82,6 +84,14 @@ class OptimizerInterface(OpacusDPOptimizer):
         if self._unused_draws < 0:
             self._unused_draws = 0
             self._warn_once(UNDRAWN)
+        since, self._drawn_before = drawn.sizes_since(self._drawn_before), drawn.now()
+        # Something may have fetched ahead: then what is released was drawn a little earlier.
+        if (
+            self._pending.samples == 1
+            and 0 < rows < min(since, default=0)
+            and rows not in drawn.sizes_since(max(drawn.now() - 8, self._drawn_first))
+        ):
+            self._warn_once(FEWER_ROWS.format(rows=rows, records=min(since)))
 
     def begin_sample(self) -> None:
         """A batch was drawn by itself: records of an earlier one can be in it, whatever was said to join the two."""

@@ -1,5 +1,7 @@
 """Class 4: samples that influence each other. Then no clipping bounds what one record changes."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +123,34 @@ def test_rows_taken_for_records_are_said(rows):
     x, y = next(iter(loader))
     with pytest.warns(UserWarning, match=f"called on {rows * len(x)} rows, but the loader had drawn {len(x)} records"):
         step(model, optimizer, x.repeat_interleave(rows, 0), y.repeat_interleave(rows))
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_rows_cut_off_by_number_are_said(ahead):
+    """Guard: ``FEWER_ROWS`` in ``_check_drawn``; one record more moves another one out of the batch."""
+    torch.manual_seed(2)
+    model, optimizer, loader = training()
+    batches = iter(loader)
+    x, y = next(batches)
+    sizes = [len(x), *(len(next(batches)[0]) for _ in range(ahead))]
+    with pytest.warns(UserWarning, match=rf"on 2 rows, fewer than the loader had drawn records \({min(sizes)}\)"):
+        step(model, optimizer, x[:2], y[:2])
+
+
+def test_a_batch_in_pieces_or_fetched_ahead_is_not_said_to_be_cut_off():
+    model, optimizer, loader = training(max_physical_batch_size=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in loader:
+            step(model, optimizer, x, y)
+    model, optimizer, loader = training()
+    batches = iter(loader)
+    waiting = next(batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for following in batches:
+            step(model, optimizer, *waiting)
+            waiting = following
 
 
 def test_two_drawn_batches_in_one_are_said():
