@@ -104,7 +104,7 @@ class OptimizerInterface(OpacusDPOptimizer):
     def _compare_users(self, records: int, users: int) -> None:
         """Says if users share the records of a batch, and the accountant is charged the rate of a record."""
         rate = getattr(self.sampler, "sample_rate", None)
-        if rate is not None and 0 < users < records and (self.sample_rate or 0) <= rate:
+        if rate is not None and 0 < users < records and (self.sample_rate or 0) <= rate < 1:
             self._warn_once(SHARED.format(records=records, users=users, rate=rate))
 
     # -- settings ------------------------------------------------------------------------------------------------------

@@ -201,3 +201,19 @@ def test_the_ordinary_loop_is_silent(recwarn):
     for x, y in loader:
         step(model, optimizer, x, y)
     assert not recwarn.list
+
+
+def test_users_of_batches_that_hold_every_record_are_charged_right():
+    """At a rate of one a user is drawn as surely as a record: nothing is to be said."""
+    model, optimizer, loader = training(batch_size=len(data()), clipping=UserClipping())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in loader:
+            optimizer.clipping.set_users([i // 2 for i in range(len(x))])
+            step(model, optimizer, x, y)
+
+
+@pytest.mark.parametrize("ids", [5, None])
+def test_ids_of_users_that_are_no_sequence_are_named(ids):
+    with pytest.raises(TypeError, match="set_users.. takes one id per sample, a tensor or a list, got "):
+        UserClipping().set_users(ids)
