@@ -9,6 +9,7 @@ import numpy as np
 
 from . import gaussian
 from .assumptions import Segment
+from .checks import LEAST_DELTA
 from .compose import Curve, Spectrum
 from .fixed_size import FixedSizeGaussian
 from .jumps import Answer, epsilon_by_jumps, guess_by_one_jump
@@ -34,6 +35,7 @@ REFINE_LOWER = 4.0  # the optimistic lattice merges six points, so it needs a fi
 COARSER = 0.5  # mesh for many segments: four times the error, still a fraction of what is promised
 MANY = 8  # segments: above, one coarse composition is not cheap
 ATTEMPTS = 6
+TINY = 2e-3  # noise multiplier: below, epsilon is above a hundred thousand, and a mesh fine enough fills the memory
 DEAR = 1e6  # lattice points: above, it is worth trying to compose by the number of large losses
 
 
@@ -112,8 +114,10 @@ def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0
     fallback = most_loss(parts)
     if fallback <= enough:
         return fallback if upper else 0.0
-    if len(parts) <= MANY:
+    if len(parts) <= MANY or hopeless(parts):
         fallback = min(fallback, _renyi(parts, delta)[0])
+    if hopeless(parts):
+        return fallback if upper else 0.0
     if fallback <= ABSOLUTE:
         return fallback if upper else 0.0
     try:
@@ -121,6 +125,11 @@ def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0
         return min(result, fallback) if upper else result
     except (OverflowError, ZeroDivisionError):
         return fallback if upper else 0.0
+
+
+def hopeless(parts: Parts) -> bool:
+    """Whether there is next to no noise in some step: a mesh for that is of no use to anybody."""
+    return any(pair.sigma < TINY and pair.q < 1 for pair, _ in parts)
 
 
 def _renyi(parts: Parts, delta: float) -> tuple[float, float]:
@@ -252,6 +261,8 @@ def scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float]
 
 def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
     """Delta at ``epsilon`` for one direction."""
+    if hopeless(parts):
+        return 1.0 if upper else 0.0
     cumulants = Cumulants(parts, 1e-30)
     tilt = saddle_for_epsilon(cumulants, epsilon)
     tilts = [tilt / 2**k for k in range(6)]
@@ -261,10 +272,10 @@ def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
         log_delta = min(value - theta * epsilon, math.log(best))
         curve = compose(parts, make_plan(cumulants, theta, epsilon, log_delta, slope, 0), math.exp(log_delta), True)
         if curve.delta(epsilon) < best:
-            best, slope = curve.delta(epsilon), curve.slope(epsilon)
+            best, slope = max(curve.delta(epsilon), LEAST_DELTA), curve.slope(epsilon)
     plan = choose(cumulants, tilts, epsilon, math.log(best), slope, 1.0 if upper else REFINE_LOWER)
     result = compose(parts, plan, best, upper).delta(epsilon)
-    return min(result, best) if upper else result
+    return max(min(result, best), LEAST_DELTA) if upper else result
 
 
 def compose(parts: Parts, plan: Plan, delta: float, upper: bool) -> Curve:

@@ -8,6 +8,9 @@ from typing import Any
 
 History = list[tuple[float, float, int]]
 
+MOST_NOISE = 1e30  # noise multipliers beyond, or below its inverse, have squares that overflow on the way
+LEAST_DELTA = 1e-300  # below are numbers that have lost digits
+
 
 def number(value: Any, name: str) -> float:
     """``value`` as a float; ValueError if it is not a number or is NaN."""
@@ -49,6 +52,8 @@ def delta(value: Any, name: str = "delta") -> float:
     result = number(value, name)
     if not 0 < result < 1:
         raise ValueError(f"{name} must lie in (0, 1), got {value!r}")
+    if result < LEAST_DELTA:
+        raise ValueError(f"{name} must be at least {LEAST_DELTA:g}, got {value!r}")
     return result
 
 
@@ -80,6 +85,11 @@ def history(entries: Sequence[Sequence[Any]]) -> History:
             noise_multiplier(entry[0], f"history[{index}]: noise_multiplier"),
             sample_rate(entry[1], f"history[{index}]: sample_rate"),
         )
+        if key[0] and not 1 / MOST_NOISE <= key[0] <= MOST_NOISE:
+            raise ValueError(
+                f"history[{index}]: noise_multiplier must be 0 (no noise) or lie in [{1 / MOST_NOISE:g}, "
+                f"{MOST_NOISE:g}] for epsilon to be computed, got {entry[0]!r}"
+            )
         count = steps(entry[2], f"history[{index}]: num_steps")
         if count and key[1] > 0:
             merged[key] = merged.get(key, 0) + count

@@ -21,7 +21,7 @@ import numpy as np
 from . import checks
 from .accountant import IAccountant
 from .assumptions import Segment
-from .bounds import directions, epsilon_bound, negligible
+from .bounds import directions, epsilon_bound, hopeless, negligible
 from .compose import Spectrum
 from .gaussian import closed_form
 from .lattice import Lattice, midpoint
@@ -95,6 +95,8 @@ def estimate(parts: Sequence[Segment], delta: float, eps_error: float, delta_err
     steps = sum(part.steps for part in parts)
     mesh = eps_error / math.sqrt(steps * math.log(12 / delta_error) / 2)
     pairs = directions(parts)[0]
+    if hopeless(pairs):
+        return epsilon_bound(parts, delta, True)
     cumulants = Cumulants(pairs, negligible(pairs, delta_error))
     tilt = saddle_for_delta(cumulants, delta)
     epsilon = cumulants.three(tilt)[1]

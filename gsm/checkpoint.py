@@ -72,8 +72,10 @@ def load(
     state = read(path, **(load_kwargs or {}))
     _check_complete(state, path)
     _check_accountant(state[ACCOUNTANT], accountant)
-    module.load_state_dict(_for_module(state[MODULE], module), **(module_kwargs or {}))
     saved = state.pop(OPTIMIZER, None)
+    if optimizer is not None and saved:
+        _check_optimizer(saved, optimizer)
+    module.load_state_dict(_for_module(state[MODULE], module), **(module_kwargs or {}))
     if optimizer is not None and saved:
         optimizer.load_state_dict(saved)
         _compare_settings(state.pop(SETTINGS, {}), optimizer)
@@ -123,6 +125,19 @@ def _check_accountant(saved: Mapping[str, Any], accountant: Any) -> None:
             "was published or kept, they must be accounted for separately",
             stacklevel=4,
         )
+
+
+def _check_optimizer(saved: Mapping[str, Any], optimizer: Any) -> None:
+    """Torch loads the state of any optimizer into any other, which then fails, or not, at its next step."""
+    ours = set(optimizer.defaults)
+    for group in saved.get("param_groups", ()):
+        missing, unknown = sorted(ours - set(group)), set(group) - ours - {"params", "param_names", "initial_lr"}
+        if missing and unknown:  # one of them alone: another version of torch, or a scheduler's entries
+            name = type(getattr(optimizer, "original_optimizer", optimizer)).__name__
+            raise CheckpointError(
+                f"the checkpoint's optimizer is no {name}: it has no {', '.join(missing)}. Load it with the kind of "
+                "optimizer that it was written with, or without optimizer=, to begin anew with another"
+            )
 
 
 def _settings(optimizer: Any) -> dict[str, Any]:

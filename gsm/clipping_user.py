@@ -55,8 +55,11 @@ class UserClipping(Clipping):
         """Says whose record each sample of the next physical batch is: one hashable id per sample.
 
         Raises:
+            TypeError: no sequence.
             ValueError: an id that cannot be compared with others (a list, NaN for a missing one).
         """
+        if not hasattr(ids, "__iter__") or (isinstance(ids, Tensor) and not ids.dim()):
+            raise TypeError(f"set_users() takes one id per sample, a tensor or a list, got {ids!r}.")
         self._users = [_comparable(id) for id in (ids.tolist() if isinstance(ids, Tensor) else ids)]
 
     def clip(self, batch: PerSampleGradients) -> Clipped:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import accountants
 from gsm import checkpoint, preparation, validation
+from gsm.clipping_user import UserClipping
 from gsm.criterion import GhostCriterion
 from gsm.generators import Used
 from gsm.journal import Journal
@@ -29,6 +30,7 @@ from gsm.loader import DPDataLoader
 from gsm.noise import GaussianNoise
 from gsm.passes import passes_of, unwatched
 from gsm.physical_batches import PhysicalBatchLoader, logical_batches
+from gsm.repeated import warn_if_repeated
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
 CALIBRATION = ("alphas", "eps_error", "delta_error", "epsilon_tolerance")
@@ -155,6 +157,8 @@ class PrivacyEngine:
             mode=grad_sample_mode,
             clipping_options={name: value for name, value in kwargs.items() if name not in CALIBRATION},
         )
+        if not isinstance(getattr(private, "clipping", None), UserClipping):
+            warn_if_repeated(loader.dataset)
         returned = loader
         if max_physical_batch_size is not None:
             returned = PhysicalBatchLoader(loader, max_physical_batch_size, private)

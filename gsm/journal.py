@@ -83,17 +83,31 @@ class Journal:
         """Writes one charge and waits until it is on the disk.
 
         Raises:
-            CheckpointError: the journal was closed, belongs to the process that this one was forked from, or the disk
-                is full.
+            CheckpointError: the journal was closed, removed or replaced, belongs to the process that this one was
+                forked from, or the disk is full.
         """
         if self._file.closed:
             raise CheckpointError(
                 f"the journal {self.path} is closed, so this release cannot be charged to it: call keep_journal() "
                 "again, in the process that trains."
             )
+        self._check_place()
         charge = (float(noise_multiplier), float(sample_rate))
         self._append(charge)
         self.charges.append(charge)
+
+    def _check_place(self) -> None:
+        """Raises CheckpointError if the file is not where a later run will look for it (removed, or replaced)."""
+        try:
+            there = os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise CheckpointError(
+                f"the journal {self.path} was removed or replaced while it was written: a crash would forget what was "
+                "released. This release is neither made nor charged. Put the file back, or call keep_journal() with "
+                "another path."
+            )
 
     def _append(self, value: Any) -> None:
         line, before = (json.dumps(value) + "\n").encode(), os.fstat(self._file.fileno()).st_size

@@ -58,6 +58,13 @@ MORE_ROWS = (
     "or clip all rows of a record together with clipping=UserClipping(). If the further rows are no private data, "
     "nothing is wrong."
 )
+FEWER_ROWS = (
+    "The model was called on {rows} rows, fewer than the loader had drawn records ({records}). Where rows are cut off "
+    "by number (x[:n], to fit the memory) or several records are packed into one row, one record more in the batch "
+    "moves another one's contribution: the sum changes by up to twice the bound, and epsilon does not hold. For large "
+    "batches use max_physical_batch_size=, and give every record a row of its own. If each row was left out for what "
+    "it holds alone, nothing is wrong."
+)
 LARGER = (
     "This batch holds {rows} of {records} records, and the accountant is to be charged for batches of a share of "
     "{rate:.6g}: its epsilon would be too small. make_private took 1 / len(loader) for the share. Let the batch "

@@ -13,10 +13,11 @@ import torch
 from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch.utils.hooks import RemovableHandle
 
+from gsm import drawn
 from gsm.clipping import Clipping
 from gsm.ledger import PerSampleGradients
 from gsm.noise import Noise
-from gsm.optimizer_checks import JOINED, LARGER, SCALED, SHARED, UNDRAWN
+from gsm.optimizer_checks import FEWER_ROWS, JOINED, LARGER, SCALED, SHARED, UNDRAWN
 from gsm.passes import Passes
 from gsm.release import PendingRelease
 
@@ -64,6 +65,7 @@ class OptimizerInterface(OpacusDPOptimizer):
         self.step_hooks: list[Callable[[Any], None]] = []
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._drawn_first = self._drawn_before = drawn.now()
 
     def _warn_once(self, message: str) -> None:
         kind = message[:40]  # the numbers in it may differ
@@ -89,6 +91,14 @@ class OptimizerInterface(OpacusDPOptimizer):
         if self._unused_draws < 0:
             self._unused_draws = 0
             self._warn_once(UNDRAWN)
+        since, self._drawn_before = drawn.sizes_since(self._drawn_before), drawn.now()
+        # Something may have fetched ahead: then what is released was drawn a little earlier.
+        if (
+            self._pending.samples == 1
+            and 0 < rows < min(since, default=0)
+            and rows not in drawn.sizes_since(max(drawn.now() - 8, self._drawn_first))
+        ):
+            self._warn_once(FEWER_ROWS.format(rows=rows, records=min(since)))
 
     def _compare_parts(self) -> None:
         """Says if parts that virtual_step() joined hold more records than a logical batch has, if no loader is known.
@@ -122,7 +132,7 @@ class OptimizerInterface(OpacusDPOptimizer):
     def _compare_users(self, records: int, users: int) -> None:
         """Says if users share the records of a batch, and the accountant is charged the rate of a record."""
         rate = getattr(self.sampler, "sample_rate", None)
-        if rate is not None and 0 < users < records and (self.sample_rate or 0) <= rate:
+        if rate is not None and 0 < users < records and (self.sample_rate or 0) <= rate < 1:
             self._warn_once(SHARED.format(records=records, users=users, rate=rate))
 
     @property

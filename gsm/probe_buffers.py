@@ -110,28 +110,34 @@ class ExtraStates:
         for _, m, state in self._held:
             m.set_extra_state(copy.deepcopy(state))
 
-    def check(self, run: Callable[[Any], None], inputs: Any) -> None:
-        """Runs the model on ``inputs`` and on others, and compares; the states are put back.
+    def check(self, run: Callable[[Any], None], inputs: Any, resize: Callable[[], Any]) -> None:
+        """Runs the model on ``inputs``, on others and on another number, and compares; the states are put back.
 
         Raises:
             DataInBuffers: names the module.
         """
         if not self._held:
             return
-        found = []
-        for values in (inputs, _others(inputs)):
-            self.restore()
-            with torch.random.fork_rng(devices=self._devices):
-                run(values)
-            found.append([_frozen(m.get_extra_state()) for _, m, _ in self._held])
+        first, others = self._after(run, inputs), self._after(run, _others(inputs))
+        try:
+            more = self._after(run, resize())
+        except Exception:  # not a number of samples that this model takes
+            more = first
         self.restore()
-        for (path, m, _), a, b in zip(self._held, *found, strict=True):
-            if a != b:
+        for (path, m, _), *states in zip(self._held, first, others, more, strict=True):
+            if len(set(states)) > 1:
                 raise DataInBuffers(
                     f"What get_extra_state() of {path or 'the model'} ({type(m).__name__}) returns changes with the "
-                    "data seen in training. It is in the state dict without noise, and no epsilon covers it: switch "
+                    "data seen in training, or their number. It is in the state dict without noise, and no epsilon covers it: switch "
                     "its update off, leave it out of the state dict, or fix it with public data before training."
                 )
+
+
+    def _after(self, run: Callable[[Any], None], values: Any) -> list[bytes]:
+        self.restore()
+        with torch.random.fork_rng(devices=self._devices):
+            run(values)
+        return [_frozen(m.get_extra_state()) for _, m, _ in self._held]
 
 
 def _frozen(state: Any) -> bytes:
@@ -144,15 +150,22 @@ class DataInBuffers(ValueError):
     """A buffer or parameter of the model changes with the data, and no noise covers it."""
 
 
-def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, written: Sequence[Owner] = ()) -> None:
+def check_buffers(
+    model: nn.Module,
+    run: Callable[[Any], None],
+    inputs: Any,
+    written: Sequence[Owner] = (),
+    resize: Callable[[], Any] | None = None,
+) -> None:
     """Runs the model on ``inputs`` and on other values of the same shapes, and compares its buffers afterwards, and
-    the parameters that it writes to.
+    the parameters that it writes to. Those that any forward writes to may not tell how many samples it had, either.
 
     Args:
         model: its buffers are put back.
         run: runs the model on inputs; random numbers are the same in both runs.
         inputs: nested tensors; integers are exchanged, floating numbers flipped and scaled.
         written: parameters that a forward changed (:class:`Parameters`).
+        resize: gives ``inputs`` for another number of samples.
 
     Raises:
         DataInBuffers: names the buffer or parameter.
@@ -167,9 +180,15 @@ def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, wri
     before = [held[name].detach().clone() for *_, held, name in owners]
     parameters = [(held, name, held[name], held[name].detach().clone()) for *_, held, name in written]
 
+    drew = False
+
     def after(values: Any) -> list[Tensor]:
+        nonlocal drew
         with torch.random.fork_rng(devices=devices), buffers_restored(model):
+            states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
             run(values)
+            now = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+            drew = drew or not all(map(torch.equal, states, now))
             found = [held[name].detach().clone() for *_, held, name in owners]
         for held, name, p, value in parameters:
             held[name] = p
@@ -200,6 +219,24 @@ def check_buffers(model: nn.Module, run: Callable[[Any], None], inputs: Any, wri
                 "statistics leave the model without noise (they are in its state dict), and no epsilon covers them. "
                 "Switch the update off (eval mode, momentum 0, track_running_stats=False), make it a trainable "
                 "parameter, or fix it with public data before training."
+            )
+    if resize is not None and not drew:  # other numbers, not the samples, would change what random numbers fill
+        try:
+            found = after(resize())
+        except Exception:  # not a number of samples that this model takes
+            return
+        _check_number(owners, first, found)
+
+
+def _check_number(owners: Sequence[Owner], first: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    """Refuses what is in the state dict and follows the number of samples, which Poisson sampling keeps private."""
+    for (path, module, held, name), a, b in zip(owners, first, found, strict=True):
+        persistent = held is module._parameters or name not in module._non_persistent_buffers_set
+        if persistent and not _equal(a, b):
+            raise DataInBuffers(
+                f"{path}.{name}".lstrip(".") + f" of {type(module).__name__} follows the number of samples in a batch: "
+                "true batch sizes leave the model without noise (it is in its state dict), and no epsilon covers them. "
+                "Count batches instead of samples, or register the buffer with persistent=False."
             )
 
 

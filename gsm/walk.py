@@ -28,6 +28,7 @@ from gsm.structures import tensors_in
 from gsm.subtree import VmapFails, run_subtree
 from gsm.tape import Tape
 from gsm.tracked import Tracked
+from gsm.trial import Trial
 from gsm.undisturbed import undisturbed
 
 OUTSIDE = (
@@ -170,8 +171,9 @@ class CapturePlan:
             if parameters is not None:
                 with undisturbed(self.root), torch.no_grad():
                     run, written = (lambda values: root.original(*values[0], **values[1])), parameters.written()
-                    check_buffers(self.root, run, (args, kwargs), written)
-                    extra.check(run, (args, kwargs))
+                    more = partial(Trial(self.capture, root, args, kwargs, size).inputs, size + 1)
+                    extra.check(run, (args, kwargs), more)
+                    check_buffers(self.root, run, (args, kwargs), written, more)
             self.probed[kind] = self.tape.layouts
         self.tape.layouts = self.probed.get(kind, {})
         return new

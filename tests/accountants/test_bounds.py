@@ -7,11 +7,12 @@ import mpmath as mp
 import numpy as np
 import pytest
 
-from accountants import bounds
+from accountants import bounds, create_accountant
 from accountants.assumptions import Segment
 from accountants.bounds import direction_epsilon, directions, most_loss, negligible
 from accountants.compose import Spectrum
 from accountants.fixed_size import FixedSizeGaussian
+from accountants.gaussian import closed_form
 from accountants.lattice import optimistic, pessimistic
 from accountants.pairs import Cells, SubsampledGaussian
 from accountants.plan import Plan
@@ -179,3 +180,38 @@ def test_the_most_that_added_records_can_lose_is_rounded_up() -> None:
 
 def test_what_counts_as_infinite_is_a_small_part_of_delta_over_all_steps() -> None:
     assert negligible(MANY, 1e-5) * 600 == pytest.approx(1e-9)
+
+
+@pytest.mark.parametrize("name", ["pld", "prv", "rdp"])
+@pytest.mark.parametrize("sigma", [1e-30, 1e-12, 1e-6, 1.9e-3])
+def test_next_to_no_noise_has_finite_bounds_at_once(name: str, sigma: float) -> None:
+    """Without ``hopeless`` the mesh of these takes gigabytes and minutes, or there is no memory for it."""
+    accountant = create_accountant(name)
+    accountant.history = [(sigma, 0.1, 3)]
+    lower, upper = accountant.get_epsilon_bounds(1e-5)
+    unsampled = closed_form([Segment(sigma / 3**0.5, 1.0, 1)]).epsilon(1e-5, True)
+    assert 0 <= lower <= upper and unsampled * 0.99 < upper <= unsampled * 1.01 + 10
+    assert accountant.get_delta(5.0) == 1
+
+
+@pytest.mark.parametrize("name", ["pld", "prv", "rdp"])
+@pytest.mark.parametrize("sigma", [1e-31, 1e-300, 1e31, 1e300])
+def test_a_noise_multiplier_whose_square_is_no_number_is_named(name: str, sigma: float) -> None:
+    accountant = create_accountant(name)
+    accountant.history = [(1.0, 0.1, 3), (sigma, 0.1, 3)]
+    for ask in (accountant.get_epsilon, accountant.get_epsilon_bounds, accountant.get_delta):
+        with pytest.raises(ValueError, match=r"history\[1\]: noise_multiplier must be 0 .no noise. or lie in"):
+            ask(0.5)
+
+
+def test_a_delta_too_small_for_a_number_is_named() -> None:
+    with pytest.raises(ValueError, match="delta must be at least 1e-300"):
+        create_accountant("pld").get_epsilon(5e-324)
+
+
+@pytest.mark.parametrize("sigma", [20.0, 1e9, 1e30])
+def test_a_delta_below_every_number_is_bounded(sigma: float) -> None:
+    accountant = create_accountant("pld")
+    accountant.history = [(sigma, 0.1, 3)]
+    lower, upper = accountant.get_delta_bounds(60.0)
+    assert 0 <= lower <= upper <= 1e-100 and upper > 0

@@ -1,10 +1,14 @@
 """Class 3: a record counted twice, or left over from before."""
 
+import warnings
+
 import opacus.optimizers
 import pytest
 import torch
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from gsm import DPOptimizer, GradSampleModule
+from gsm.clipping_user import UserClipping
 from tests.attacks.tools import CE, RECORDS, clipped_sum, data, step, training, watched
 
 X, Y = data(8, scale=30.0).tensors
@@ -182,3 +186,44 @@ def test_two_backwards_under_opacuss_own_optimizer_are_said(ours, recwarn):
         model(x).square().sum(1).mean().backward()
         optimizer.step()
     assert not [w for w in recwarn if "backward passes" in str(w.message)]
+
+
+class Keys(Dataset):
+    """Takes names, and has the length of what they are taken from."""
+
+    def __getitem__(self, key):
+        return X[0], Y[0]
+
+    def __len__(self):
+        return 2
+
+
+WHOLE = data()
+REPEATED = {
+    "bootstrap": (Subset(WHOLE, [0, 1, 1, 5]), 1),
+    "from the end": (Subset(WHOLE, [0, -len(WHOLE)]), 1),
+    "itself": (ConcatDataset([WHOLE, WHOLE]), len(WHOLE)),
+    "nested": (ConcatDataset([Subset(Subset(WHOLE, [4, 5, 6]), [0, 2]), Subset(WHOLE, torch.tensor([6, 7]))]), 1),
+}
+ONCE = {
+    "parts": ConcatDataset([Subset(WHOLE, range(5)), Subset(WHOLE, range(5, 9))]),
+    "the same positions of others": ConcatDataset([Subset(WHOLE, [0, 1]), Subset(data(), [0, 1])]),
+    "keys": Subset(Keys(), ["a", "b", "c"]),
+    "positions beyond": Subset(Keys(), [7, 8]),
+}
+
+
+@pytest.mark.parametrize("what", REPEATED)
+def test_a_dataset_that_holds_records_twice_is_said(what):
+    """Guard: ``repeated.warn_if_repeated``; every item is clipped on its own, so such a record counts twice."""
+    dataset, n = REPEATED[what]
+    with pytest.warns(UserWarning, match=rf"holds {n} of its {len(dataset)} items more than once"):
+        training(dataset=dataset, batch_size=1)
+
+
+@pytest.mark.parametrize("what", [*ONCE, "items of users"])
+def test_a_dataset_that_holds_records_once_is_not_said_to_repeat_them(what):
+    users = {"clipping": UserClipping()} if what == "items of users" else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*more than once")
+        training(dataset=REPEATED["bootstrap"][0] if users else ONCE[what], batch_size=1, **users)

@@ -1,5 +1,7 @@
 """Class 4: samples that influence each other. Then no clipping bounds what one record changes."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -123,6 +125,34 @@ def test_rows_taken_for_records_are_said(rows):
         step(model, optimizer, x.repeat_interleave(rows, 0), y.repeat_interleave(rows))
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_rows_cut_off_by_number_are_said(ahead):
+    """Guard: ``FEWER_ROWS`` in ``_check_drawn``; one record more moves another one out of the batch."""
+    torch.manual_seed(2)
+    model, optimizer, loader = training()
+    batches = iter(loader)
+    x, y = next(batches)
+    sizes = [len(x), *(len(next(batches)[0]) for _ in range(ahead))]
+    with pytest.warns(UserWarning, match=rf"on 2 rows, fewer than the loader had drawn records \({min(sizes)}\)"):
+        step(model, optimizer, x[:2], y[:2])
+
+
+def test_a_batch_in_pieces_or_fetched_ahead_is_not_said_to_be_cut_off():
+    model, optimizer, loader = training(max_physical_batch_size=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in loader:
+            step(model, optimizer, x, y)
+    model, optimizer, loader = training()
+    batches = iter(loader)
+    waiting = next(batches)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for following in batches:
+            step(model, optimizer, *waiting)
+            waiting = following
+
+
 def test_two_drawn_batches_in_one_are_said():
     """Guard: the largest batch drawn, not all of them together; a record in both has two rows."""
     model, optimizer, loader = training()
@@ -171,3 +201,19 @@ def test_the_ordinary_loop_is_silent(recwarn):
     for x, y in loader:
         step(model, optimizer, x, y)
     assert not recwarn.list
+
+
+def test_users_of_batches_that_hold_every_record_are_charged_right():
+    """At a rate of one a user is drawn as surely as a record: nothing is to be said."""
+    model, optimizer, loader = training(batch_size=len(data()), clipping=UserClipping())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in loader:
+            optimizer.clipping.set_users([i // 2 for i in range(len(x))])
+            step(model, optimizer, x, y)
+
+
+@pytest.mark.parametrize("ids", [5, None])
+def test_ids_of_users_that_are_no_sequence_are_named(ids):
+    with pytest.raises(TypeError, match="set_users.. takes one id per sample, a tensor or a list, got "):
+        UserClipping().set_users(ids)

@@ -30,9 +30,25 @@ class Running(nn.Module):
             self.held = x.detach().amax(0) if len(x) else self.held
         elif self.what == "counter":
             self.held.add_(1)
+        elif self.what == "samples":
+            self.held.add_(len(x))
         elif self.what == "noise":
             self.held.normal_()
         return self.layer(x + 0 * self.held)
+
+
+def test_a_buffer_that_counts_samples_is_refused():
+    """Guard: the other number of samples in ``probe_buffers.check_buffers``; a true batch size is private."""
+    model, optimizer, loader = training(Running("samples"))
+    with pytest.raises(DataInBuffers, match="held of Running follows the number of samples in a batch"):
+        step(model, optimizer, X, Y)
+
+
+def test_a_buffer_that_counts_samples_and_is_not_saved_is_fine():
+    layer = Running("samples")
+    layer._non_persistent_buffers_set.add("held")
+    model, optimizer, loader = training(layer)
+    step(model, optimizer, X, Y)
 
 
 @pytest.mark.parametrize("what", ["mean", "new tensor"])
@@ -100,6 +116,8 @@ class Remembering(nn.Module):
 
     def forward(self, x):
         self.calls += 1
+        if self.what == "records":
+            self.calls += len(x)
         if self.what == "mean":
             self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
         return self.layer(x)
@@ -119,8 +137,9 @@ def test_extra_state_that_follows_the_data_is_refused():
         for calls in (1, 2):
             wrapped(X)
             assert model.calls == calls
-    with pytest.raises(DataInBuffers, match=r"get_extra_state\(\) of 0 \(Remembering\) returns changes with the data"):
-        GradSampleModule(nn.Sequential(Remembering("mean")))(X)
+    for what in ("mean", "records"):
+        with pytest.raises(DataInBuffers, match=r"get_extra_state\(\) of 0 \(Remembering\) returns changes with the data"):
+            GradSampleModule(nn.Sequential(Remembering(what)))(X)
     GradSampleModule(Remembering("mean"), strict=False)(X)
 
 

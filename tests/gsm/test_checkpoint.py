@@ -310,3 +310,22 @@ def test_the_keywords_for_torch_reach_it(tmp_path):
     )
     assert entries["weight"].device.type == "meta"
     assert not (tmp_path / "a.pt").read_bytes().startswith(b"PK")
+
+
+@pytest.mark.parametrize("other", [torch.optim.Adam, torch.optim.RMSprop])
+def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(tmp_path, other):
+    """Torch takes it without a word, and fails at the next step."""
+    Session().train().save(tmp_path / "a.pt")
+    resumed = PrivacyEngine(accountant="rdp")
+    module, _, loader = parts(seed=9)
+    model, optimizer, _ = resumed.make_private(
+        module=module,
+        optimizer=other(module.parameters()),
+        data_loader=loader,
+        noise_multiplier=1.0,
+        max_grad_norm=1.0,
+    )
+    before = flat(model)
+    with pytest.raises(CheckpointError, match=f"the checkpoint's optimizer is no {other.__name__}: it has no "):
+        resumed.load_checkpoint(path=tmp_path / "a.pt", module=model, optimizer=optimizer)
+    assert torch.equal(before, flat(model)) and not resumed.accountant.history

@@ -293,3 +293,27 @@ def test_where_there_are_no_locks_a_journal_works_without(tmp_path, monkeypatch)
     journal = Journal(tmp_path / "j")
     assert steps(tmp_path / "j") == 0
     journal.close()
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "the directory is gone"])
+def test_a_journal_that_is_no_longer_in_its_place_takes_no_charge(tmp_path, how):
+    """Guard: ``_check_place``; what goes to a file without a name is forgotten with the process."""
+    (tmp_path / "run").mkdir()
+    path, engine = tmp_path / "run" / "j", PrivacyEngine(accountant="rdp")
+    model, optimizer, loader = private(engine)
+    engine.keep_journal(path)
+    train(model, optimizer, loader, steps=1)
+    before = [p.clone() for p in model.parameters()]
+    path.rename(tmp_path / "elsewhere")
+    if how == "replaced":
+        path.write_bytes((tmp_path / "elsewhere").read_bytes())
+    elif how != "removed":
+        path.parent.rmdir()
+    with pytest.raises(CheckpointError, match="removed or replaced while it was written"):
+        train(model, optimizer, loader, steps=1)
+    assert engine.accountant.history == [(1.0, 1 / 6, 1)]
+    assert all(map(torch.equal, before, model.parameters()))
+    engine.keep_journal(tmp_path / "elsewhere")
+    optimizer.zero_grad()
+    train(model, optimizer, loader, steps=1)
+    assert engine.accountant.history == [(1.0, 1 / 6, 2)]
