@@ -128,8 +128,8 @@ class ExtraStates:
             if len(set(states)) > 1:
                 raise DataInBuffers(
                     f"What get_extra_state() of {path or 'the model'} ({type(m).__name__}) returns changes with the "
-                    "data seen in training, or their number. It is in the state dict without noise, and no epsilon covers it: switch "
-                    "its update off, leave it out of the state dict, or fix it with public data before training."
+                    "data seen in training, or their number. It is in the state dict without noise, and no epsilon "
+                    "covers it: switch its update off, leave it out of the state dict, or fix it with public data."
                 )
 
 

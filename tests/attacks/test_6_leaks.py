@@ -138,7 +138,7 @@ def test_extra_state_that_follows_the_data_is_refused():
             wrapped(X)
             assert model.calls == calls
     for what in ("mean", "records"):
-        with pytest.raises(DataInBuffers, match=r"get_extra_state\(\) of 0 \(Remembering\) returns changes with the data"):
+        with pytest.raises(DataInBuffers, match=r"get_extra_state\(\) of 0 .* changes with the data"):
             GradSampleModule(nn.Sequential(Remembering(what)))(X)
     GradSampleModule(Remembering("mean"), strict=False)(X)
 
