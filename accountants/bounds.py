@@ -34,6 +34,7 @@ REFINE_LOWER = 4.0  # the optimistic lattice merges six points, so it needs a fi
 COARSER = 0.5  # mesh for many segments: four times the error, still a fraction of what is promised
 MANY = 8  # segments: above, one coarse composition is not cheap
 ATTEMPTS = 6
+TINY = 1e-3  # noise multiplier: below, windows to compose in have billions of points, and Renyi divergences all digits
 DEAR = 1e6  # lattice points: above, it is worth trying to compose by the number of large losses
 
 
@@ -106,15 +107,16 @@ def _dominating(part: Segment) -> Pair:
 def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0.0) -> float:
     """Epsilon at ``delta`` for one direction, or some bound below ``enough``.
 
-    Where Renyi divergences already say that epsilon is next to nothing, or the numbers leave what float64 can hold,
-    theirs is the upper bound, and 0 the lower.
+    Where Renyi divergences already say that epsilon is next to nothing, where there is next to no noise, or the numbers
+    leave what float64 can hold, theirs is the upper bound, and 0 the lower.
     """
     fallback = most_loss(parts)
     if fallback <= enough:
         return fallback if upper else 0.0
-    if len(parts) <= MANY:
+    tiny = min(pair.sigma for pair, _ in parts) < TINY
+    if len(parts) <= MANY or tiny:
         fallback = min(fallback, _renyi(parts, delta)[0])
-    if fallback <= ABSOLUTE:
+    if fallback <= ABSOLUTE or tiny:
         return fallback if upper else 0.0
     try:
         result = _direction_epsilon(parts, delta, upper, enough)
@@ -251,7 +253,15 @@ def scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float]
 
 
 def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
-    """Delta at ``epsilon`` for one direction."""
+    """Delta at ``epsilon`` for one direction.
+
+    Where the noise is so little that the windows to compose in have billions of points, the upper bound is the
+    probability that the record was in any batch: without it nothing differs.
+    """
+    if most_loss(parts) <= epsilon:
+        return 0.0
+    if min(pair.sigma for pair, _ in parts) < TINY:
+        return most_delta(parts) if upper else 0.0
     cumulants = Cumulants(parts, 1e-30)
     tilt = saddle_for_epsilon(cumulants, epsilon)
     tilts = [tilt / 2**k for k in range(6)]
@@ -264,7 +274,14 @@ def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
             best, slope = curve.delta(epsilon), curve.slope(epsilon)
     plan = choose(cumulants, tilts, epsilon, math.log(best), slope, 1.0 if upper else REFINE_LOWER)
     result = compose(parts, plan, best, upper).delta(epsilon)
-    return min(result, best) if upper else result
+    return min(result, best, most_delta(parts)) if upper else result
+
+
+def most_delta(parts: Parts) -> float:
+    """No delta is above this: the probability that the record is in some batch, as the outputs differ only then."""
+    if any(pair.q >= 1 for pair, _ in parts):
+        return 1.0
+    return min(1.0, -math.expm1(math.fsum(count * math.log1p(-pair.q) for pair, count in parts)) * (1 + 1e-12))
 
 
 def compose(parts: Parts, plan: Plan, delta: float, upper: bool) -> Curve:

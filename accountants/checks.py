@@ -21,11 +21,14 @@ def number(value: Any, name: str) -> float:
 
 
 def noise_multiplier(value: Any, name: str = "noise_multiplier") -> float:
-    """Standard deviation of the noise over the sensitivity, in [0, inf); 0 means no noise, hence no privacy."""
+    """Standard deviation of the noise over the sensitivity, in [0, inf); 0 means no noise, hence no privacy.
+
+    So does what has no square in float64: its epsilon is above 1e300.
+    """
     result = number(value, name)
     if not 0 <= result < math.inf:
         raise ValueError(f"{name} must lie in [0, inf), got {value!r}")
-    return result
+    return result if result > 1e-150 else 0.0
 
 
 def sample_rate(value: Any, name: str = "sample_rate") -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from . import checks
 from .accountant import IAccountant
 from .assumptions import Segment
-from .bounds import directions, epsilon_bound, negligible
+from .bounds import TINY, directions, epsilon_bound, negligible
 from .compose import Spectrum
 from .gaussian import closed_form
 from .lattice import Lattice, midpoint
@@ -92,6 +92,8 @@ def estimate(parts: Sequence[Segment], delta: float, eps_error: float, delta_err
     known = closed_form(parts)
     if known is not None:
         return known.epsilon(delta, upper=True)
+    if min(part.noise_multiplier for part in parts) < TINY:
+        return epsilon_bound(parts, delta, True)
     steps = sum(part.steps for part in parts)
     mesh = eps_error / math.sqrt(steps * math.log(12 / delta_error) / 2)
     pairs = directions(parts)[0]
