@@ -5,9 +5,9 @@ Gaussian mechanism, composed over the steps taken (Abadi et al. 2016, algorithm 
 probability at most the charged rate (:mod:`gsm.sampling`), contributes at most its clipping bound to one noisy sum
 (:mod:`gsm.optimizer`), and every such sum is charged to the accountant before the parameters move. Neighbouring
 datasets differ by one record added or removed, their size being public (the rate and the divisor follow it): one that
-is removed contributes nothing, as under "zero-out" (Kairouz et al. 2021). Assumptions: the gradients of a batch come from
-the returned model, and nothing else that depends on the data (a validation score, a count, a choice between runs) is
-published for free.
+is removed contributes nothing, as under "zero-out" (Kairouz et al. 2021). Assumptions: the gradients of a batch come
+from the returned model, and nothing else that depends on the data (a validation score, a count, a choice between runs)
+is published for free.
 """
 
 from __future__ import annotations
