@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 import accountants
 from gsm import checkpoint, preparation, validation
 from gsm.accounts import keep_one_account
+from gsm.clipping_user import UserClipping
 from gsm.criterion import GhostCriterion
 from gsm.generators import Used
 from gsm.journal import Journal
@@ -32,6 +33,7 @@ from gsm.loader import DPDataLoader
 from gsm.noise import GaussianNoise
 from gsm.passes import passes_of, unwatched
 from gsm.physical_batches import PhysicalBatchLoader
+from gsm.records import check_repeated
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
 CALIBRATION = ("alphas", "eps_error", "delta_error", "epsilon_tolerance")
@@ -233,6 +235,8 @@ class PrivacyEngine:
             )
         self.dataset = getattr(loader, "dataset", None)
         keep_one_account(optimizer.params, self.accountant, self.dataset)
+        if not isinstance(getattr(optimizer, "clipping", None), UserClipping):
+            check_repeated(self.dataset)
         if isinstance(optimizer, preparation.DPOptimizer):
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
             optimizer.of_engine = True

@@ -9,11 +9,12 @@ import torch
 from opacus.layers import DPMultiheadAttention
 from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 
 import gsm.private_transformers
 from accountants import create_accountant
 from gsm import DPOptimizer, GradSampleModule, PrivacyEngine, make_private
+from gsm.clipping_user import UserClipping
 from gsm.physical_batches import BatchMemoryManager
 from gsm.sampling import PoissonSampler
 from tests.attacks.tools import CE, CLASSES, FEATURES, RECORDS, data, mlp, step, training, watched
@@ -253,6 +254,23 @@ def test_rate_and_divisor_chosen_without_the_number_of_records():
         optimizer.expected_batch_size = 4
         seen.append((optimizer.sample_rate, optimizer.expected_batch_size, len(loader)))
     assert seen[0] == seen[1] == (0.1, 4, 10)
+
+
+@pytest.mark.parametrize("how", ["indices", "twice", "nested"])
+def test_records_that_a_data_set_holds_several_times_are_said(how, recwarn):
+    """The way around Opacus 600 and 813: a minority class repeated in the data set. Guard: ``check_repeated``."""
+    records = data(20)
+    repeated = {
+        "indices": (Subset(records, [0, 0, 0, *range(20)]), 4),
+        "twice": (ConcatDataset([records, records]), 2),
+        "nested": (Subset(ConcatDataset([data(), Subset(records, [1, 1])]), range(42)), 2),
+    }[how]
+    with pytest.warns(UserWarning, match=f"holds a record {repeated[1]} times"):
+        training(dataset=repeated[0])
+    recwarn.clear()
+    training(dataset=repeated[0], clipping=UserClipping())
+    training(dataset=Subset(ConcatDataset([records, data()]), torch.randperm(60)))
+    assert not [w for w in recwarn if "holds a record" in str(w.message)]
 
 
 def test_physical_batches_without_a_private_optimizer():
