@@ -75,7 +75,7 @@ class OptimizerInterface(OpacusDPOptimizer):
         """
         records, rows, rate = self.records, self._pending.largest, self.sample_rate
         drawn = getattr(self.sampler, "sample_rate", 0.0)
-        if not isinstance(rate, Real):
+        if not isinstance(rate, Real) or rate < 0:
             rate = 1.0  # nothing can be charged, which is said there
         if self.accountant is not None and rate < drawn * (1 - 1e-9):
             raise ValueError(LOWER.format(rate=rate, drawn=drawn))
