@@ -108,17 +108,15 @@ def _dominating(part: Segment) -> Pair:
 def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0.0) -> float:
     """Epsilon at ``delta`` for one direction, or some bound below ``enough``.
 
-    Where Renyi divergences already say that epsilon is next to nothing, or the numbers leave what float64 can hold,
-    theirs is the upper bound, and 0 the lower.
+    Where Renyi divergences already say that epsilon is next to nothing, where there is next to no noise, or the numbers
+    leave what float64 can hold, theirs is the upper bound, and 0 the lower.
     """
     fallback = most_loss(parts)
     if fallback <= enough:
         return fallback if upper else 0.0
     if len(parts) <= MANY or hopeless(parts):
         fallback = min(fallback, _renyi(parts, delta)[0])
-    if hopeless(parts):
-        return fallback if upper else 0.0
-    if fallback <= ABSOLUTE:
+    if fallback <= ABSOLUTE or hopeless(parts):
         return fallback if upper else 0.0
     try:
         result = _direction_epsilon(parts, delta, upper, enough)
@@ -129,7 +127,7 @@ def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0
 
 def hopeless(parts: Parts) -> bool:
     """Whether there is next to no noise in some step: a mesh for that is of no use to anybody."""
-    return any(pair.sigma < TINY and pair.q < 1 for pair, _ in parts)
+    return any(pair.sigma < TINY for pair, _ in parts)
 
 
 def _renyi(parts: Parts, delta: float) -> tuple[float, float]:
@@ -260,9 +258,15 @@ def scout(parts: Parts, cumulants: Cumulants, delta: float) -> tuple[list[float]
 
 
 def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
-    """Delta at ``epsilon`` for one direction."""
+    """Delta at ``epsilon`` for one direction.
+
+    Where there is next to no noise, the upper bound is the probability that the record was in any batch: without it
+    nothing differs.
+    """
+    if most_loss(parts) <= epsilon:
+        return 0.0
     if hopeless(parts):
-        return 1.0 if upper else 0.0
+        return most_delta(parts) if upper else 0.0
     cumulants = Cumulants(parts, 1e-30)
     tilt = saddle_for_epsilon(cumulants, epsilon)
     tilts = [tilt / 2**k for k in range(6)]
@@ -275,7 +279,14 @@ def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
             best, slope = max(curve.delta(epsilon), LEAST_DELTA), curve.slope(epsilon)
     plan = choose(cumulants, tilts, epsilon, math.log(best), slope, 1.0 if upper else REFINE_LOWER)
     result = compose(parts, plan, best, upper).delta(epsilon)
-    return max(min(result, best), LEAST_DELTA) if upper else result
+    return max(min(result, best, most_delta(parts)), LEAST_DELTA) if upper else result
+
+
+def most_delta(parts: Parts) -> float:
+    """No delta is above this: the probability that the record is in some batch, as the outputs differ only then."""
+    if any(pair.q >= 1 for pair, _ in parts):
+        return 1.0
+    return min(1.0, -math.expm1(math.fsum(count * math.log1p(-pair.q) for pair, count in parts)) * (1 + 1e-12))
 
 
 def compose(parts: Parts, plan: Plan, delta: float, upper: bool) -> Curve:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .bounds import direction_epsilon, directions, discretise, epsilon_bound, negligible, scout
+from .bounds import TINY, direction_epsilon, directions, discretise, epsilon_bound, negligible, scout
 from .compose import NEGLIGIBLE, Spectrum
 from .pairs import UNIT
 from .plan import Cumulants, Parts, Plan, choose
@@ -196,7 +196,8 @@ class Follower:
         before = self.last.get(delta)
         if before is not None and before[0] == key:
             return before[1]
-        growing = _growing(before[0], key) if before is not None else None
+        dear = any(part.noise_multiplier < TINY for part in key)  # a stretch of that would have billions of points
+        growing = _growing(before[0], key) if before is not None and not dear else None
         result = None if growing is None or before is None else self._follow(key, growing, delta, before[1])
         if result is None:
             result = epsilon_bound(segments, delta, upper=True)

@@ -4,8 +4,10 @@ Formal guarantee. With ``poisson_sampling=True`` the training loop over the retu
 Gaussian mechanism, composed over the steps taken (Abadi et al. 2016, algorithm 1): every record is in every batch with
 probability at most the charged rate (:mod:`gsm.sampling`), contributes at most its clipping bound to one noisy sum
 (:mod:`gsm.optimizer`), and every such sum is charged to the accountant before the parameters move. Neighbouring
-datasets differ by one record added or removed. Assumptions: the gradients of a batch come from the returned model, and
-nothing else that depends on the data (a validation score, a count, a choice between runs) is published for free.
+datasets differ by one record added or removed, their size being public (the rate and the divisor follow it): one that
+is removed contributes nothing, as under "zero-out" (Kairouz et al. 2021). Assumptions: the gradients of a batch come
+from the returned model, and nothing else that depends on the data (a validation score, a count, a choice between runs)
+is published for free.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader
 
 import accountants
 from gsm import checkpoint, preparation, validation
+from gsm.accounts import keep_one_account
 from gsm.clipping_user import UserClipping
 from gsm.criterion import GhostCriterion
 from gsm.generators import Used
@@ -131,7 +134,6 @@ class PrivacyEngine:
             raise ValueError("Passing seed is prohibited in secure mode: noise_generator must be None")
         data_loader = unwatched(logical_batches(data_loader))
         preparation.check_parameters(module, optimizer)
-        preparation.check_spent(optimizer, self.accountant)
         preparation.check_assumption(self.accountant, poisson_sampling, data_loader)
         distributed = preparation.is_distributed(module)
         loader = preparation.private_loader(
@@ -234,6 +236,7 @@ class PrivacyEngine:
                 stacklevel=3,
             )
         self.dataset = getattr(loader, "dataset", None)
+        keep_one_account(optimizer.params, self.accountant, self.dataset)
         if isinstance(optimizer, preparation.DPOptimizer):
             optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
             optimizer.of_engine = True

@@ -16,7 +16,9 @@ from gsm import ledger, unsaved  # noqa: F401  (unsaved: what pickled parameters
 
 NO_BACKWARD = (
     "No per-sample gradients: nothing was captured since the last step() or zero_grad(). Run a forward of the wrapped "
-    "model in train mode and loss.backward() before step(), and no zero_grad() between the two."
+    "model in train mode and loss.backward() before step(), and no zero_grad() between the two. If you did, the "
+    "optimizer holds other parameters than that model: it was copied, or its parameters were replaced "
+    "(load_state_dict(assign=True)) after the optimizer was made."
 )
 FORGOTTEN = (
     "The gradients of the last step() are still there: call optimizer.zero_grad() once per step (before the next "
@@ -70,6 +72,10 @@ LARGER = (
     "{rate:.6g}: its epsilon would be too small. make_private took 1 / len(loader) for the share. Let the batch "
     "sampler's length be the number of records over the batch size, or set optimizer.sample_rate = {share:.6g} (and "
     "choose the noise for that rate)."
+)
+LOWER = (
+    "optimizer.sample_rate is {rate:g}, and the loader draws every record with probability {drawn:g}: the accountant "
+    "would be charged too little. Leave the rate as make_private set it, or give the loader another one."
 )
 SHARED = (
     "The {records} records of this batch belong to {users} users. The loader draws records, each with probability "

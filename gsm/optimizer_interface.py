@@ -17,7 +17,7 @@ from gsm import drawn
 from gsm.clipping import Clipping
 from gsm.ledger import PerSampleGradients
 from gsm.noise import Noise
-from gsm.optimizer_checks import FEWER_ROWS, JOINED, LARGER, SCALED, SHARED, UNDRAWN
+from gsm.optimizer_checks import FEWER_ROWS, JOINED, LARGER, LOWER, SCALED, SHARED, UNDRAWN
 from gsm.passes import Passes
 from gsm.release import PendingRelease
 
@@ -77,9 +77,15 @@ class OptimizerInterface(OpacusDPOptimizer):
         """Compares what was released with what was drawn; batches fetched ahead of time do no harm.
 
         Raises:
-            ValueError: a batch of more than the fixed share of the records that is charged.
+            ValueError: a batch of more than the fixed share of the records that is charged, or a smaller rate charged
+                than the loader draws with.
         """
-        records, rows, rate = self.records, self._pending.largest, self.sample_rate or 0.0
+        records, rows, rate = self.records, self._pending.largest, self.sample_rate
+        drawing = getattr(self.sampler, "sample_rate", 0.0)
+        if not isinstance(rate, Real) or rate < 0:
+            rate = 1.0  # nothing can be charged, which is said there
+        if self.accountant is not None and rate < drawing * (1 - 1e-9):
+            raise ValueError(LOWER.format(rate=rate, drawn=drawing))
         if records is not None and rows > rate * records * (1 + 1e-9):
             raise ValueError(LARGER.format(rows=rows, records=records, rate=rate, share=rows / records))
         if self.sampler is None and not self.independent_batches:

@@ -242,7 +242,7 @@ class _Search:
         if _signed(fn._saved_dim) % len(shape) != 0:
             return self._parent(fn, rows)
         self.picked = True
-        return self._parent(fn, fn._saved_index[rows])
+        return self._parent(fn, fn._saved_index.reshape(-1)[rows])  # an index without dimensions is one of one row
 
     def _index(self, fn: Any, nr: int, rows: Tensor, shape: tuple[int, ...]) -> Tensor | None:
         indices = fn._saved_indices

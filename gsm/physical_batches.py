@@ -67,6 +67,7 @@ class PhysicalBatchLoader(DataLoader):
 
     Raises:
         ValueError: a size < 1, or a loader without batches of its own.
+        TypeError: an optimizer that is not private.
         RuntimeError: while iterating, if a piece got no ``optimizer.step()`` (see ``lookahead``), or two iterations
             over the loader run at once. Pieces read under ``torch.no_grad()`` need no step.
 
@@ -82,6 +83,11 @@ class PhysicalBatchLoader(DataLoader):
         if getattr(loader, "batch_sampler", None) is None:
             raise ValueError(
                 f"max_physical_batch_size needs a torch DataLoader with batches of its own, got {type(loader).__name__}"
+            )
+        if not hasattr(optimizer, "signal_skip_step"):
+            raise TypeError(
+                "physical batches need the private optimizer that make_private returned, which joins them in one "
+                f"release; got {type(optimizer).__name__}. Without privacy, iterate over the DataLoader itself."
             )
         options = dict(loader_options(loader), generator=loader.generator, collate_fn=loader.collate_fn)
         # This object looks like the loader of logical batches; an inner one, never handed out, fetches the pieces.

@@ -39,12 +39,6 @@ FIXED_BATCHES = (
     "PrivacyEngine(accountant=PRVAccountant(sampling='shuffled', relation='zero_out'))."
 )
 
-SPENT_BEFORE = (
-    "This optimizer made {n} private release(s) before, which another accountant has charged: the epsilon of the new "
-    "one covers only what comes now. Where both were, or will be, seen by others and came from the same records, the "
-    "two add up: for one budget over both, pass accountant=optimizer.accountant (to PrivacyEngine, with an engine)."
-)
-
 
 def is_distributed(module: nn.Module) -> bool:
     """Whether the model is wrapped for data-parallel training over several processes."""
@@ -200,13 +194,6 @@ def private_loader(
     loader = with_secure_shuffle(loader) if secure_mode else loader
     assumed = getattr(accountant, "sampling", None)
     return watched(loader, assumed in BY_PASSES) if assumed in (*BY_PASSES, "unsampled") else loader
-
-
-def check_spent(optimizer: Any, accountant: Any) -> None:
-    """Warn if the optimizer trained privately on the account of another accountant, whose charges the new one lacks."""
-    spent = list(getattr(getattr(optimizer, "accountant", None), "history", ()))
-    if list(accountant.history)[: len(spent)] != spent:
-        warnings.warn(SPENT_BEFORE.format(n=sum(steps for _, _, steps in spent)), stacklevel=4)
 
 
 def check_assumption(accountant: Any, poisson_sampling: bool, loader: Any) -> None:

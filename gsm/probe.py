@@ -40,6 +40,7 @@ def probe(
     Raises:
         gsm.layout.Unresolvable: if a parameter's use has no rule (the caller escalates to the subtree and tries again).
         SamplesInfluenceEachOther: if a sample's values change with its neighbours.
+        ValueError: if the model runs on this batch only.
     """
     trial = Trial(capture, forward, args, kwargs, size)
     try:
@@ -57,9 +58,21 @@ def probe(
             # Numbers in between or beyond those of the batch may be none that the model takes (probabilities, columns
             # with a meaning of their own). If it was not that, the same comes again.
             trial.mild = True
-        _probe(trial, strict)
+        try:
+            _probe(trial, strict)
+        except Exception as again:
+            failed = trial.failed_plainly()
+            if failed is None:
+                raise
+            raise ValueError(_ONLY_WHOLE.format(n=failed[0], size=size, error=repr(again))) from again
 
 
+_ONLY_WHOLE = (
+    "Before the first batch the model is run on {n} samples of it, to see whether samples influence each other; that "
+    "failed ({error}), though it takes the batch of {size}. A private model must run on any number of records, as "
+    "batches vary: take that number from the input (x.shape[0]), and let every input whose first dimension is the "
+    "batch hold one row per record (graphs: one padded graph per row, not all their nodes in one long list)."
+)
 _HOOKS = "saved tensor hooks"  # how torch.func.grad inside of a model says that it does not run under `saved_bytes`
 
 

@@ -15,7 +15,7 @@ from gsm.bags import bags_in, regrouped
 from gsm.capture import Capture, CapturedForward
 from gsm.layout import SamplesInfluenceEachOther
 from gsm.locate import Log
-from gsm.structures import named_tensors
+from gsm.structures import make_known, named_tensors, tensors_in
 from gsm.tracked import Tracked
 from gsm.undisturbed import attributes_restored, undisturbed
 
@@ -146,6 +146,22 @@ class Trial:
             log = Log()
             log.dry = True
         return self.capture.run_pass(self.forward, *inputs, n, log)
+
+    def failed_plainly(self) -> tuple[int, Exception] | None:
+        """The number of samples that the model itself fails on, and how, where it takes the batch; else None."""
+        enabled, self.capture.tape.enabled = self.capture.tape.enabled, False
+        first, second = sizes_for(tensors_in(*make_known((self.args, self.kwargs))))
+        n, skip = self.size, None  # the batch as it is
+        try:
+            for n, skip in ((self.size, None), (first, 0), (second, first)):
+                args, kwargs = (self.args, self.kwargs) if skip is None else self.inputs(n, skip)
+                with undisturbed(self.capture.root), attributes_restored(self.capture.root):
+                    self.forward.original(*args, **kwargs)
+        except Exception as error:
+            return None if skip is None else (n, error)
+        finally:
+            self.capture.tape.enabled = enabled
+        return None
 
     def tried(
         self, n: int, skip: int = 0, other: int | None = None, mode: AbstractContextManager[Any] | None = None

@@ -283,7 +283,11 @@ def _check(model: nn.Module, loss_reduction: str, mode: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     if isinstance(model, AbstractGradSampleModule) or isinstance(model.__dict__.get("forward"), CapturedForward):
-        raise ValueError("The model is wrapped already: trying to add hooks twice to the same model.")
+        raise ValueError(
+            "The model is wrapped already: trying to add hooks twice to the same model. Pass the wrapped model that "
+            "you have to make_private (a further one takes it as it is), or call its remove_hooks() first (an engine "
+            "of private_transformers: detach())."
+        )
     if loss_reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be 'mean' or 'sum', not {loss_reduction!r}")
     if mode not in MODES:

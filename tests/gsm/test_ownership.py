@@ -180,6 +180,32 @@ def test_grouped_matrix_products(mode: str) -> None:
     assert wrapped.plan.rung("weight") == "tracked"
 
 
+class Clusters(nn.Module):
+    """``AdaptiveLogSoftmaxWithLoss`` squeezes the indices of a cluster's rows: none is left where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.clusters = nn.Linear(4, 4), nn.AdaptiveLogSoftmaxWithLoss(4, 9, [3, 6])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.clusters(self.fc(x), y).loss
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_an_index_without_dimensions_picks_one_row(mode: str) -> None:
+    torch.manual_seed(0)
+    model, x, y, want = Clusters(), torch.randn(5, 4), torch.tensor([0, 4, 8, 1, 2]), []
+    for i in range(5):
+        model.zero_grad()
+        model(x[i : i + 1], y[i : i + 1]).backward()
+        want.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
+    model.zero_grad()
+    wrapped = GradSampleModule(model, mode=mode)
+    wrapped(x, y).backward()
+    norms = wrapped.per_sample_gradient_norms
+    torch.testing.assert_close(norms, torch.stack(want))
+
+
 def test_a_search_that_leads_too_far_ends() -> None:
     x = _tapped(3, 2, 4)
     for _ in range(5000):
