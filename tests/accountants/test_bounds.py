@@ -191,7 +191,7 @@ def test_next_to_no_noise_has_finite_bounds_at_once(name: str, sigma: float) -> 
     lower, upper = accountant.get_epsilon_bounds(1e-5)
     unsampled = closed_form([Segment(sigma / 3**0.5, 1.0, 1)]).epsilon(1e-5, True)
     assert 0 <= lower <= upper and unsampled * 0.99 < upper <= unsampled * 1.01 + 10
-    assert accountant.get_delta(5.0) == 1
+    assert accountant.get_delta(5.0) in (pytest.approx(1 - 0.9**3), 1)  # at most: that the record was in some batch
 
 
 @pytest.mark.parametrize("name", ["pld", "prv", "rdp"])
