@@ -7,6 +7,9 @@ another machine. A journal makes it right in any case: every charge is on the di
 A journal belongs to one run at a time, as two accounts in one file are neither's. It is locked while it is open
 (``flock``), against other processes and other engines of this one; the lock ends with the process, however that ends.
 Where there is no ``flock`` (Windows, some network file systems) nothing notices a second run: keep it apart yourself.
+
+Every line ends with a checksum of itself and of all lines before it (CRC-32), so that a charge that was changed, lost
+(but for the last ones) or doubled on the disk is noticed. It is no protection against who changes a journal on purpose.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import gc
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +32,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-MARK = "gsm journal 1"
+MARK = "gsm journal 2"
 _open: WeakSet[Journal] = WeakSet()
 
 
@@ -53,6 +57,7 @@ class Journal:
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         try:
             self._lock()
+            self._sum = 0
             if self._is_new():
                 self._file.truncate(0)
                 self._append([MARK, plain([list(entry) for entry in history or []])])
@@ -110,13 +115,15 @@ class Journal:
             )
 
     def _append(self, value: Any) -> None:
-        line, before = (json.dumps(value) + "\n").encode(), os.fstat(self._file.fileno()).st_size
+        body, before = json.dumps(value).encode(), os.fstat(self._file.fileno()).st_size
+        line = b"%s %08x\n" % (body, checksum := zlib.crc32(body, self._sum))
         if self._file.write(line) != len(line):  # a disk that runs full takes a part, and only then raises
             self._file.truncate(before)
             raise CheckpointError(
                 f"the journal {self.path} could not be written to its end (is the disk full?): this release is neither "
                 "made nor charged. Make room before the next."
             )
+        self._sum = checksum
         os.fsync(self._file.fileno())
 
     @property
@@ -154,13 +161,22 @@ class Journal:
     def _read(self) -> tuple[int, list[Any], list[tuple[float, float]]]:
         """Length of the whole lines in bytes, the history before the first, and the charges."""
         *lines, torn = self.path.read_bytes().split(b"\n")
+        self._sum, whole = 0, 0
         try:
-            mark, before = json.loads(lines[0])
+            for line in lines:
+                self._sum = zlib.crc32(line[:-9], self._sum)
+                if line[-9:] != b" %08x" % self._sum:
+                    raise ValueError
+                whole += 1
+            mark, before = json.loads(lines[0][:-9])
             if mark != MARK:
                 raise ValueError
-            charges = [(float(sigma), float(rate)) for sigma, rate in map(json.loads, lines[1:])]
+            charges = [(float(sigma), float(rate)) for sigma, rate in (json.loads(line[:-9]) for line in lines[1:])]
         except (ValueError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{self.path} is not a journal of charges, or it is damaged") from error
+            raise CheckpointError(
+                f"{self.path} is not a journal of charges, or it is damaged behind line {whole}: what is lost was "
+                "released nevertheless. Restore a copy of it, or take its charges into the account by hand."
+            ) from error
         return sum(len(line) + 1 for line in lines), before, charges
 
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import zlib
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_a_charge_is_on_the_disk_when_it_is_recorded(tmp_path, monkeypatch):
     journal, synced, fsync = Journal(tmp_path / "j"), [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: synced.append((tmp_path / "j").read_bytes()) or fsync(file))
     journal.record(noise_multiplier=1.0, sample_rate=0.5)
-    assert len(synced) == 1 and synced[0].endswith(b"[1.0, 0.5]\n")
+    assert len(synced) == 1 and synced[0].split(b"\n")[1].startswith(b"[1.0, 0.5] ")
 
 
 def test_an_account_that_knows_more_than_the_journal_is_of_another_run(tmp_path):
@@ -134,9 +135,35 @@ def test_an_optimizer_that_does_not_charge_by_itself_keeps_no_journal(tmp_path):
 
 
 def test_a_file_with_another_mark_is_no_journal(tmp_path):
-    (tmp_path / "j").write_text('["another journal", []]\n')
+    body = b'["another journal", []]'
+    (tmp_path / "j").write_bytes(b"%s %08x\n" % (body, zlib.crc32(body)))
     with pytest.raises(CheckpointError, match="is not a journal of charges"):
         Journal(tmp_path / "j")
+
+
+def test_a_charge_that_changed_on_the_disk_is_noticed(tmp_path):
+    """One bit of a rate makes it smaller; a line that is lost or doubled makes the account shorter or longer."""
+    journal = Journal(tmp_path / "j")
+    for sigma in (1.0, 2.0, 3.0):
+        journal.record(noise_multiplier=sigma, sample_rate=0.125)
+    journal.close()
+    whole = (tmp_path / "j").read_bytes()
+    *lines, _ = whole.split(b"\n")
+    damaged = [b"\n".join([*lines[:k], *lines[k + 1 :], b""]) for k in range(3)]
+    damaged += [b"\n".join([*lines[: k + 1], *lines[k:], b""]) for k in range(4)]
+    damaged += [b"\n".join([lines[0], lines[2], lines[1], lines[3], b""])]
+    damaged += [whole[:k] + bytes([whole[k] ^ 1]) + whole[k + 1 :] for k in range(len(whole) - 1)]
+    for held in damaged:
+        (tmp_path / "j").write_bytes(held)
+        with pytest.raises(CheckpointError, match="not a journal of charges, or it is damaged behind line [0-4]"):
+            Journal(tmp_path / "j")
+        assert (tmp_path / "j").read_bytes() == held
+    (tmp_path / "j").write_bytes(whole)
+    journal = Journal(tmp_path / "j")
+    assert journal.steps == 3
+    journal.record(noise_multiplier=4.0, sample_rate=0.125)
+    journal.close()
+    assert steps(tmp_path / "j") == 4
 
 
 def test_a_long_torn_line_leaves_nothing_behind_a_short_one(tmp_path):
@@ -155,7 +182,7 @@ def test_what_is_no_journal_is_left_as_it_is(tmp_path):
     with pytest.raises(CheckpointError, match="is not a journal of charges"):
         Journal(tmp_path / "j")
     assert (tmp_path / "j").read_bytes() == b"weights"
-    for torn in (b"", b'["gsm jour', b'["gsm journal 1", [[1.0, 0.'):
+    for torn in (b"", b'["gsm jour', b'["gsm journal 2", [[1.0, 0.'):
         (tmp_path / "j").write_bytes(torn)
         journal = Journal(tmp_path / "j", [(1.0, 0.5, 2)])
         journal.close()
