@@ -37,6 +37,11 @@ def keep_one_account(params: Iterable[nn.Parameter], accountant: Any, dataset: A
         )
 
 
+def has_account(param: nn.Parameter) -> bool:
+    """Whether an engine keeps an account for this parameter."""
+    return param in _TRAINED
+
+
 def _weakly(held: Any) -> Callable[[], Any]:
     try:
         return weakref.ref(held)

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from gsm import ledger
+from gsm.accounts import has_account
 from gsm.clipping import AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
 from gsm.clipping_adaptive import AdaptiveClipping
 from gsm.clipping_user import UserClipping
@@ -26,6 +27,7 @@ from gsm.optimizer_checks import (
     MORE_ROWS,
     NO_BACKWARD,
     OVERLAPPING,
+    UNCHARGED,
     check_finite,
     check_reduction,
     check_settings,
@@ -281,6 +283,8 @@ class DPOptimizer(OptimizerInterface):
 
     def _charge(self) -> None:
         if self.accountant is None:
+            if not self.step_hooks and has_account(self.params[0]):
+                self._warn_once(UNCHARGED)
             return
         rate = min(1.0, checked_rate(self.accountant, self.sample_rate) * self._pending.samples)
         before = lacking(self.sampler, self.accountant)

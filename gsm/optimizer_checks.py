@@ -36,6 +36,11 @@ OVERLAPPING = (
     "make_private() and call step() for every piece; call discard_pending() before another pass begins."
 )
 
+UNCHARGED = (
+    "This optimizer has no accountant, and a PrivacyEngine keeps an account for the parameters that it trains: what it "
+    "releases is missing there. Use the optimizer that make_private returned, or set optimizer.accountant and "
+    "optimizer.sample_rate."
+)
 JOINED = (
     "virtual_step() joined {parts} parts of {rows} records in all to one logical batch, where {expected:g} records are "
     "expected: parts left over by an epoch that ended within a logical batch? A record that is in the next epoch's "

@@ -170,5 +170,6 @@ class BatchMemoryManager:
     def __enter__(self) -> PhysicalBatchLoader:
         return PhysicalBatchLoader(self.data_loader, self.max_physical_batch_size, self.optimizer)
 
-    def __exit__(self, *exception: Any) -> None:
-        pass
+    def __exit__(self, kind: Any, *exception: Any) -> None:
+        if kind is not None:  # between a piece and its step, say: whoever goes on begins with a batch of its own
+            forget_unreleased(self.optimizer, signals=True)

@@ -229,6 +229,27 @@ def test_an_engine_for_every_round_is_said():
     assert not [w for w in said if "another account" in str(w.message)]
 
 
+def test_an_optimizer_of_ones_own_beside_the_engines_is_said(recwarn):
+    """Found beside them: a second optimizer on the engine's model released without a charge. Guard: ``UNCHARGED``."""
+    model, optimizer, loader = training()
+    own = DPOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=8
+    )
+    with pytest.warns(UserWarning, match="has no accountant, and a PrivacyEngine keeps an account"):
+        step(model, own, X, Y)
+    recwarn.clear()
+    own.attach_step_hook(optimizer.accountant.get_optimizer_hook_fn(sample_rate=0.2))
+    own.zero_grad()
+    own._warned.clear()
+    step(model, own, X, Y)
+    plain = GradSampleModule(mlp())
+    alone = DPOptimizer(
+        torch.optim.SGD(plain.parameters(), lr=0.1), noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=8
+    )
+    step(plain, alone, X, Y)
+    assert not [w for w in recwarn if "has no accountant" in str(w.message)]
+
+
 def test_a_rate_below_that_of_the_loader_is_refused():
     """Opacus 813, 335: what is charged and what is drawn came from different places. Guard: ``LOWER``."""
     model, optimizer, loader = training()

@@ -271,6 +271,24 @@ def test_batch_memory_manager():
     assert [sorted(r) for r in run.releases] == plain
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_an_exception_inside_the_memory_manager_leaves_nothing_behind(after):
+    """Neither a sum nor what was told of a piece: the batches that follow are released each by itself."""
+    run = Run()
+    with (
+        pytest.raises(KeyboardInterrupt),
+        BatchMemoryManager(data_loader=run.loader, max_physical_batch_size=2, optimizer=run.optimizer) as pieces,
+    ):
+        held = iter(pieces)  # as a loop that the exception's traceback keeps alive
+        for _ in range(after):
+            run.train(*next(held))
+        run.backward(*next(held))
+        raise KeyboardInterrupt
+    run.releases.clear()
+    run.epoch()
+    assert len(run.releases) == len(run.logical) and not run.optimizer._step_skip_queue
+
+
 def test_opacus_memory_manager_around_it_cuts_the_logical_batches_not_the_pieces():
     from opacus.utils.batch_memory_manager import BatchMemoryManager as Theirs
 
