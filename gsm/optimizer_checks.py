@@ -36,6 +36,11 @@ OVERLAPPING = (
     "make_private() and call step() for every piece; call discard_pending() before another pass begins."
 )
 
+MORE_RECORDS = (
+    "{batches} release(s) held {rows} records, where expected_batch_size={expected:g} was promised for each. The "
+    "accountant is charged for a sample rate of {rate}: if that comes from the same batch size, epsilon is too small. "
+    "Give the size of a whole logical batch (and the rate that belongs to it)."
+)
 UNCHARGED = (
     "This optimizer has no accountant, and a PrivacyEngine keeps an account for the parameters that it trains: what it "
     "releases is missing there. Use the optimizer that make_private returned, or set optimizer.accountant and "

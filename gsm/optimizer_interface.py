@@ -17,7 +17,7 @@ from gsm import drawn
 from gsm.clipping import Clipping
 from gsm.ledger import PerSampleGradients
 from gsm.noise import Noise
-from gsm.optimizer_checks import FEWER_ROWS, JOINED, LARGER, LOWER, SCALED, SHARED, UNDRAWN
+from gsm.optimizer_checks import FEWER_ROWS, JOINED, LARGER, LOWER, MORE_RECORDS, SCALED, SHARED, UNDRAWN
 from gsm.passes import Passes
 from gsm.release import PendingRelease
 
@@ -41,6 +41,7 @@ class OptimizerInterface(OpacusDPOptimizer):
     _sampler: Any = None
     _unused_draws = 0
     _seen_draws = 0
+    _rows_released = _batches_released = 0
     sample_rate: float | None
     independent_batches: bool
     loss_reduction: str
@@ -107,17 +108,26 @@ class OptimizerInterface(OpacusDPOptimizer):
             self._warn_once(FEWER_ROWS.format(rows=rows, records=min(since)))
 
     def _compare_parts(self) -> None:
-        """Says if parts that virtual_step() joined hold more records than a logical batch has, if no loader is known.
+        """Says if batches hold more records than ``expected_batch_size``, where no loader is known that draws them.
 
-        Parts of one size are cut from fixed batches, which hold ``expected_batch_size`` at most; the number of records
-        in a Poisson sample of that expectation exceeds the other limit once in 10^9 (Bernstein's inequality).
+        Parts of one size that virtual_step() joined are cut from fixed batches, which hold no more than that. Others
+        may be Poisson samples: they hold more than is said here once in 10^9 trainings.
         """
-        parts, expected = self._pending.parts, self.expected_batch_size
-        if expected is None or self.loss_reduction != "mean" or len(parts) < 2 or not self._pending.by_hand:
+        pending, expected = self._pending, self.expected_batch_size
+        if expected is None or self.loss_reduction != "mean" or pending.samples != 1:
             return
-        limit = expected if len(set(parts)) == 1 else expected + 6.5 * math.sqrt(expected) + 15
-        if sum(parts) > limit * (1 + 1e-9):
-            self._warn_once(JOINED.format(rows=sum(parts), parts=len(parts), expected=expected))
+        self._rows_released += pending.largest
+        self._batches_released += 1
+        parts, whole = pending.parts, math.floor(expected) + 1  # it may have been rounded down
+        if len(parts) > 1 and pending.by_hand:
+            fixed = len(set(parts)) == 1 and sum(parts) > expected * (1 + 1e-9)
+            if fixed or _unlikely(sum(parts), whole):
+                self._warn_once(JOINED.format(rows=sum(parts), parts=len(parts), expected=expected))
+                return
+        rows, batches = self._rows_released, self._batches_released
+        if self.accountant is not None and _unlikely(rows, batches * whole):
+            rate = self.sample_rate
+            self._warn_once(MORE_RECORDS.format(rows=rows, batches=batches, expected=expected, rate=rate))
 
     def _more_rows(
         self, batches: Sequence[PerSampleGradients], of_drawn: tuple[int, int] | None
@@ -304,6 +314,11 @@ class OptimizerInterface(OpacusDPOptimizer):
             f"expected_batch_size={self.expected_batch_size}, loss_reduction={self.loss_reduction!r}, "
             f"noise={self.noise!r})\n{self.original_optimizer!r}"
         )
+
+
+def _unlikely(records: float, mean: float) -> bool:
+    """Whether Poisson samples of ``mean`` records hold so many less than once in 10^9 times (Chernoff's bound)."""
+    return records > mean and records - mean - records * math.log(records / mean) < -9 * math.log(10)
 
 
 def _register(hooks: OrderedDict[int, Any], hook: Callable[..., None]) -> RemovableHandle:

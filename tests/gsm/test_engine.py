@@ -324,6 +324,9 @@ def test_a_second_accountant_does_not_know_what_the_first_was_charged():
         private(made=(model, optimizer, loader))
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="This model was trained")
+        resumed = PrivacyEngine()
+        resumed.accountant.load_state_dict(optimizer.accountant.state_dict())
+        private(resumed, made=(model, optimizer, loader))
         engine = PrivacyEngine(accountant=optimizer.accountant)
         _, model, optimizer, loader = private(engine, made=(model, optimizer, loader))
         train(model, optimizer, loader, steps=2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from accountants import RDPAccountant
 from gsm.ledger import collect
 from gsm.wrapper import GradSampleModule
 from tests.gsm.optimizer_tools import Spy, clipped_sum, deliver, gradients, parameters, private
@@ -126,6 +127,7 @@ def test_announced_parts_that_go_through_virtual_step_are_one_sample():
         ((4, 4, 4), "3 parts of 12 records"),  # cut from fixed batches of 8
         ((4, 4, 3), None),  # a Poisson sample of 8 may have 11
         ((10, 10, 11), None),
+        ((20, 10), None),
         ((30, 12), "2 parts of 42 records"),  # but hardly 42
         ((41,), None),  # nothing was joined
     ],
@@ -148,6 +150,31 @@ def test_parts_left_over_by_an_epoch_are_said(sizes, said):
     messages = [str(w.message) for w in caught]
     assert len(messages) == (said is not None)
     assert (not messages) if said is None else (said in messages[0] and "discard_pending" in messages[0])
+
+
+def test_batches_larger_than_promised_are_said():
+    """At once where it cannot be chance, or after some steps; fixed batches of that size and Poisson samples never."""
+    draw = torch.Generator().manual_seed(0)
+    for sizes, steps in (
+        ([40] * 3, 1),
+        ([10] * 600, 387),
+        ([8] * 600, None),
+        (torch.binomial(torch.full((600,), 890.0), torch.tensor(0.01), generator=draw).int().tolist(), None),
+    ):
+        params = parameters([(2,)])
+        optimizer = private(params, expected_batch_size=8)
+        optimizer.accountant, optimizer.sample_rate = RDPAccountant(), 0.01
+        said = None
+        for n, size in enumerate(sizes, 1):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                deliver(params, gradients(params, size))
+                optimizer.step()
+                optimizer.zero_grad()
+            if caught and said is None:
+                assert f"{n} release(s) held {n * size} records" in str(caught[0].message)
+                said = n
+        assert said == steps, (said, steps)
 
 
 def test_parts_that_a_loader_announces_are_its_own_affair(recwarn):

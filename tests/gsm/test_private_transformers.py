@@ -375,6 +375,14 @@ def test_zero_grad_forgets_captures():
     assert [batch.batch_size for batch in collect(engine._private.params)] == [2]
 
 
+def test_a_batch_far_above_the_size_promised_is_said():
+    model = gpt2()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine_for(model).attach(optimizer)
+    with pytest.warns(UserWarning, match="1 release.s. held 30 records, where expected_batch_size=4 was promised"):
+        optimizer.step(loss=next_token_losses(model, ids(30)))
+
+
 def test_what_an_epoch_leaves_over_is_said_and_can_be_forgotten():
     """Two parts a step, three in an epoch: the third and the next epoch's first may hold the same record."""
     for forget in (True, False):
