@@ -61,6 +61,8 @@ def write(path: Any, state: Mapping[str, Any], **torch_save_kwargs: Any) -> None
         _save(state, path, **torch_save_kwargs)
         return
     target = Path(os.fspath(path))
+    if target.exists() and not target.is_file():
+        raise CheckpointError(f"{target} is no regular file: the checkpoint would take its place. Choose another path.")
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -97,8 +99,11 @@ def read(path: Any, **torch_load_kwargs: Any) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
+        TypeError: neither a name nor a file.
         CheckpointError: half-written, corrupted, not a checkpoint, or with objects other than tensors and plain values.
     """
+    if not isinstance(path, str | os.PathLike) and not hasattr(path, "read"):
+        raise TypeError(f"a checkpoint's path is a file name or a binary file object, got {path!r}")
     name = str(path) if isinstance(path, str | os.PathLike) else f"the {type(path).__name__}"
     _verify_checksums(path, name)
     try:

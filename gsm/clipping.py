@@ -165,6 +165,8 @@ class PerLayerClipping(Clipping):
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | Sequence[float]) -> None:
         if isinstance(value, Sequence):
+            if not value:
+                raise ValueError("max_grad_norm is an empty list: give one bound for each trainable parameter.")
             self._bounds = [checked_bound(v) for v in value]
             value = math.sqrt(sum(b * b for b in self._bounds))
         value = checked_bound(value)

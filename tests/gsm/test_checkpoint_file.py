@@ -202,3 +202,19 @@ class Full(io.BytesIO):
 def test_a_file_object_that_is_full_is_named():
     with pytest.raises(CheckpointError, match="could not be written as a whole .is the disk full"):
         write(Full(), {"weight": torch.zeros(100_000)})
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    """As root, a device of this name would be gone."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+            write(tmp_path / name, STATE)
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode) and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("path", [5, None, b"name"])
+def test_a_path_that_is_none_is_named(path):
+    with pytest.raises(TypeError, match="a checkpoint's path is a file name or a binary file object"):
+        read(path)

@@ -129,3 +129,8 @@ def test_a_bound_at_which_norms_vanish_is_refused():
     with pytest.raises(ValueError, match="what has no norm is not clipped"):
         FlatClipping(1e-24)
     FlatClipping(1e-15)
+
+
+def test_a_list_of_no_bounds_is_named():
+    with pytest.raises(ValueError, match="max_grad_norm is an empty list"):
+        PerLayerClipping([])
