@@ -35,7 +35,7 @@ REFINE_LOWER = 4.0  # the optimistic lattice merges six points, so it needs a fi
 COARSER = 0.5  # mesh for many segments: four times the error, still a fraction of what is promised
 MANY = 8  # segments: above, one coarse composition is not cheap
 ATTEMPTS = 6
-TINY = 2e-3  # noise multiplier: below, epsilon is above a hundred thousand, and a mesh fine enough fills the memory
+TINY = 0.02  # noise multiplier: below, epsilon is above a thousand, and a mesh fine enough takes minutes or gigabytes
 DEAR = 1e6  # lattice points: above, it is worth trying to compose by the number of large losses
 
 
@@ -119,10 +119,13 @@ def direction_epsilon(parts: Parts, delta: float, upper: bool, enough: float = 0
     if fallback <= ABSOLUTE or hopeless(parts):
         return fallback if upper else 0.0
     try:
-        result = _direction_epsilon(parts, delta, upper, enough)
-        return min(result, fallback) if upper else result
+        with np.errstate(invalid="ignore"):  # infinite losses, where a plan that cannot be kept is given up
+            result = _direction_epsilon(parts, delta, upper, enough)
     except (OverflowError, ZeroDivisionError):
+        result = math.nan
+    if math.isnan(result):
         return fallback if upper else 0.0
+    return min(result, fallback) if upper else result
 
 
 def hopeless(parts: Parts) -> bool:

@@ -30,6 +30,7 @@ from .moments import log_excess_fixed_size, log_excess_integer, log_excess_real,
 DEFAULT_ORDERS = [1 + x / 10.0 for x in range(1, 100)] + [float(x) for x in range(12, 64)]
 LOW_ORDERS = [1 + 10.0**-k for k in (4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25)]
 HIGH_ORDERS = sorted({float(round(64 * 1.08**k)) for k in range(130)})  # up to 1.3 million
+LEAST_NOISE = 0.03  # for batches of fixed size, over the largest move: below, their integral takes seconds an order
 
 
 @lru_cache(maxsize=8192)
@@ -41,8 +42,11 @@ def log_moment(noise_multiplier: float, sample_rate: float, order: float, kind: 
     sigma, q = noise_multiplier, sample_rate
     if sigma == 0:
         return math.inf
-    if q == 1:
-        return order * (order - 1) / (2 * sigma**2)
+    distance = 2 if kind == "replaced" and q < 1 else 1
+    unsampled = order * (order - 1) * distance**2 / (2 * sigma**2)
+    # Sampling never raises it (joint convexity). With next to no noise the integral for fixed sizes has no end.
+    if q == 1 or (kind == "fixed_size" and sigma < LEAST_NOISE):
+        return unsampled
     if kind == "fixed_size":
         log_excess = log_excess_fixed_size(sigma, q, order)
     elif kind == "replaced":
@@ -51,6 +55,8 @@ def log_moment(noise_multiplier: float, sample_rate: float, order: float, kind: 
         log_excess = log_excess_integer(sigma, q, int(order))
     else:
         log_excess = log_excess_real(sigma, q, order)
+    if log_excess == math.inf:
+        return unsampled
     # The few units in the last place that sums of this length can lose are added back.
     return (
         float(np.logaddexp(0.0, log_excess)) * (1 + 1e-11) if log_excess > -30 else math.exp(log_excess) * (1 + 1e-11)

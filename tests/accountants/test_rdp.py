@@ -1,6 +1,8 @@
 """Renyi accounting: Opacus's figures where Opacus is good, far below them where it is not, never below the truth."""
 
 import json
+import time
+import warnings
 from pathlib import Path
 
 import mpmath as mp
@@ -8,7 +10,7 @@ import numpy as np
 import opacus.accountants
 import pytest
 
-from accountants import RDPAccountant
+from accountants import PLDAccountant, RDPAccountant
 from accountants.rdp import log_moment, rdp_to_epsilon
 
 TRUTH = json.loads((Path(__file__).parent / "data" / "truth.json").read_text(encoding="utf-8"))["rows"]
@@ -127,3 +129,23 @@ def test_the_conversion_is_rounded_up_and_never_below_what_it_can_hold() -> None
         for moment, order in ((700.0, 2.0), (900.0, 1.5), (2000.0, 3.0), (1e4, 40.0), (1e6, 64.0), (590.0, 1.01)):
             (found,) = rdp_to_epsilon(np.array([moment]), np.array([order]), 1e-5)
             assert found >= exact_epsilon(moment, order, 1e-5) * (1 - mp.mpf(10) ** -12)
+
+
+@pytest.mark.parametrize(
+    "relation", [("poisson", "add_remove"), ("poisson", "replace_one"), ("fixed_size", "replace_one")]
+)
+@pytest.mark.parametrize("sigma", [1e-4, 5e-3, 0.03, 0.059])
+def test_next_to_no_noise_costs_no_more_than_without_sampling_and_no_time(relation, sigma):
+    """Nor does anything warn of numbers that are none on the way."""
+    sampling, neighbours = relation
+    sampled, start = RDPAccountant(sampling=sampling, relation=neighbours), time.perf_counter()
+    sampled.history = [(sigma, 0.1, 10)]
+    unsampled = RDPAccountant(sampling="unsampled", relation=neighbours)
+    unsampled.history = sampled.history
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bounds = [sampled.get_epsilon(1e-5), PLDAccountant(sampling=sampling, relation=neighbours)]
+        bounds[1].history = sampled.history
+        bounds[1] = bounds[1].get_epsilon(1e-5)
+    assert all(0.1 / sigma**2 < epsilon <= unsampled.get_epsilon(1e-5) * 1.01 for epsilon in bounds)
+    assert time.perf_counter() - start < 60
