@@ -25,7 +25,7 @@ from torch.autograd.graph import GradientEdge
 
 from gsm import ledger, loss_roots
 from gsm.layout import SamplesInfluenceEachOther
-from gsm.loss_influence import NotJudged, Outputs, influence
+from gsm.loss_influence import NotJudged, Outputs, influence, informed
 from gsm.loss_shares import HISTORY, Rows, Shares, depends_on_neighbours, other_reduction
 from gsm.structures import named_tensors, tensors_in
 from gsm.tape import Tape
@@ -68,6 +68,12 @@ UNJUDGED = (
     "its terms is made of one sample's outputs, all is well: gsm.verify(model, inputs, loss=...) shows it."
 )
 
+BESIDE = (
+    "The loss is also made of {n} trainable parameter(s) beside the wrapped model (the first of shape {shape}), whose "
+    "gradients depend on its outputs: they arrive without clipping and noise, and whoever trains with them publishes "
+    "what no epsilon covers. Make them part of the model before it is wrapped, or freeze them."
+)
+
 
 class Mark:
     """What an output was, left in the graph at its place."""
@@ -87,7 +93,7 @@ class LossCheck:
     """
 
     def __init__(self, module: nn.Module | None = None, tape: Tape | None = None):
-        self.tape, self.forwards, self.judged, self.said = tape, 0, 0, False
+        self.tape, self.forwards, self.judged, self.said, self.beside = tape, 0, 0, False, False
         self.history: dict[int, deque[Shares]] = {}
         self.fresh: list[int] = []
         self._handle: Any = None
@@ -260,10 +266,9 @@ def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
     try:
         # Where the batch may lie in either dimension, one of them in which samples are apart is enough.
         with _judging(checks):
-            found = [
-                influence(roots, grads, Outputs(edges, sizes, dims), judged or None)
-                for dims in sorted({tuple(mark.dims[at] for _, mark in marked) for at in (0, -1)})
-            ]
+            ways = sorted({tuple(mark.dims[at] for _, mark in marked) for at in (0, -1)})
+            found = [influence(roots, grads, Outputs(edges, sizes, dims), judged or None) for dims in ways]
+            _look_beside(checks, informed(roots, grads, Outputs(edges, sizes, ways[0])))
     except NotJudged as error:
         found = []
         if not any(check.said for check in checks):
@@ -272,6 +277,15 @@ def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
             check.said = True
     if found and all(found):
         raise SamplesInfluenceEachOther(COMPARES.format(how=found[0]))
+
+
+def _look_beside(checks: Sequence[LossCheck], leaves: Sequence[Tensor]) -> None:
+    """Says, once, which of the ``leaves`` are parameters whose gradients nobody clips."""
+    free = [p for p in leaves if isinstance(p, nn.Parameter) and ledger.tape_of(p) is None]
+    if free and not any(check.beside for check in checks):
+        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=5)
+    for check in checks:
+        check.beside = check.beside or bool(free)
 
 
 def _marked(roots: Sequence[Tensor]) -> list[tuple[GradientEdge, Mark]]:

@@ -113,6 +113,29 @@ def influence(
     return None
 
 
+def informed(roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: Outputs) -> list[Tensor]:
+    """The parameters from which a loss is made besides the outputs, and whose gradients change with these.
+
+    Args:
+        roots, grads: what the backward is to begin with.
+        outputs: the model's outputs in its graph.
+    """
+    leaves = [node.variable for node in _between(roots, outputs.edges) if hasattr(node, "variable")]
+    found = []
+    for leaf in leaves:
+        with torch.enable_grad():
+            (g,) = torch.autograd.grad(
+                list(roots), leaf, list(grads), retain_graph=True, create_graph=True, allow_unused=True
+            )
+            if g is None or not g.requires_grad:
+                continue
+            value = (g * _random(g, torch.Generator().manual_seed(0))).sum()
+            changes = torch.autograd.grad(value, outputs.edges, retain_graph=True, allow_unused=True)
+        if any(c is not None and bool(_finite(c).any()) for c in changes):
+            found.append(leaf)
+    return found
+
+
 def curved(
     outputs: Outputs, first: Sequence[Tensor | None], random: Sequence[Tensor | None], rows: Sequence[Tensor]
 ) -> bool:

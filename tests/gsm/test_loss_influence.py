@@ -377,3 +377,32 @@ def test_a_head_outside_of_the_model():
         backward(lambda z, y: head(z).mean())
     head = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 1))
     backward(lambda z, y: head(z).square().mean())
+
+
+def test_parameters_beside_the_model_that_learn_from_its_outputs_are_said(recwarn):
+    """A temperature, a head: what an ordinary optimizer makes of their gradients has neither bound nor noise."""
+    torch.manual_seed(0)
+    x, y = torch.randn(SIZE, 6), torch.arange(SIZE) % 3
+    temperature, head = nn.Parameter(torch.ones(())), nn.Linear(3, 3)
+    for loss, n in (
+        (lambda z: F.cross_entropy(z / temperature, y), "1 trainable parameter"),
+        (lambda z: F.cross_entropy(head(z), y), "2 trainable parameter"),
+    ):
+        model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
+        with pytest.warns(UserWarning, match=rf"{n}.s. beside the wrapped model .*without clipping and noise"):
+            loss(model(x)).backward()
+        recwarn.clear()
+        loss(model(x)).backward()
+        assert not recwarn.list  # once
+
+
+def test_parameters_that_learn_nothing_from_the_outputs_are_their_own_affair(recwarn):
+    """A term of public data, a head that is private itself, one that is frozen, adversarial inputs."""
+    public, head = nn.Linear(6, 3), GradSampleModule(nn.Linear(3, 3), mode="ghost")
+    frozen = nn.Linear(3, 3).requires_grad_(False)
+    model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
+    x = torch.randn(SIZE, 6, requires_grad=True)
+    z = model(x)
+    private = head(z).square().mean() + frozen(z).sum() + (z * x[:, :3]).sum()
+    (private + public(torch.randn(4, 6)).square().mean()).backward()
+    assert not recwarn.list and model._losses.judged == 1
