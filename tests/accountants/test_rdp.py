@@ -135,7 +135,7 @@ def test_the_conversion_is_rounded_up_and_never_below_what_it_can_hold() -> None
 @pytest.mark.parametrize(
     "relation", [("poisson", "add_remove"), ("poisson", "replace_one"), ("fixed_size", "replace_one")]
 )
-@pytest.mark.parametrize("sigma", [1e-4, 5e-3, 0.03, 0.059])
+@pytest.mark.parametrize("sigma", [1e-4, 5e-3, 0.0201, 0.03, 0.059])
 def test_next_to_no_noise_costs_no_more_than_without_sampling_and_no_time(relation, sigma):
     """Nor does anything warn of numbers that are none on the way."""
     sampling, neighbours = relation
