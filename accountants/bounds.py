@@ -266,8 +266,6 @@ def direction_delta(parts: Parts, epsilon: float, upper: bool) -> float:
     Where there is next to no noise, the upper bound is the probability that the record was in any batch: without it
     nothing differs.
     """
-    if most_loss(parts) <= epsilon:
-        return 0.0
     if hopeless(parts):
         return most_delta(parts) if upper else 0.0
     cumulants = Cumulants(parts, 1e-30)

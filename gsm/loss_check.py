@@ -117,8 +117,6 @@ class LossCheck:
         tape = self.tape
         if tape is None or not tape.groups or not tape.enabled or not torch.is_grad_enabled():
             return
-        if tape.inside is not None:  # the model as a whole, run for one sample
-            return
         self.forwards += 1
         if self.forwards > FIRST and self.forwards % THEN:
             return

@@ -38,6 +38,8 @@ class OptimizerInterface(OpacusDPOptimizer):
     noise: Noise
     _pending: PendingRelease
     _accountant: Accountant | None = None
+    #: A :class:`gsm.journal.Journal`: charges are on the disk before the noise is drawn. None: they are not.
+    journal: Any = None
     _sampler: Any = None
     _unused_draws = 0
     _seen_draws = 0
@@ -57,8 +59,6 @@ class OptimizerInterface(OpacusDPOptimizer):
     def _init_hooks(self) -> None:
         #: How many noisy sums this object has handed to the wrapped optimizer.
         self.releases = 0
-        #: A :class:`gsm.journal.Journal`: charges are on the disk before the noise is drawn. None: they are not.
-        self.journal: Any = None
         self.sampler = None
         #: How many records there are, where the accountant assumes batches of a fixed share of them.
         self.records: int | None = None
@@ -304,7 +304,6 @@ class OptimizerInterface(OpacusDPOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.sampler = self.journal = None
         self._reset()
         self.noise.refresh()  # the copy and the original must not draw the same noise
 

@@ -1,13 +1,14 @@
 """Before the first batch: is a user's sampler right, for one sample?
 
-A sampler that ignores an option or an input of its layer, sums over the batch or divides by it, gives gradients whose
-norm is not that of the release's share: clipping would bound nothing. The layer runs once more, with its parameters in
-the graph, and autograd's gradient of one sample is compared with each of the sampler's readings. :func:`gsm.verify`
-compares every sample, of the data as they are.
+What a sampler gives for a sample is clipped and released, whatever it is. So a bound holds if it depends on that
+sample's loss alone, and if norm and weighted sum are those of the same gradient: that is required. If it is not the
+gradient that autograd gives (a sampler may ignore an option or an input of its layer), that is said. The layer runs
+once more, with its parameters in the graph, for a loss of one sample; :func:`gsm.verify` compares every sample.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,10 +22,16 @@ from gsm.layout import UNKNOWN, Layout, Rows
 from gsm.structures import tensors_in
 
 WRONG = (
-    "The sampler registered for {cls} is wrong: the {reading} that it gives for {name} differs from autograd's by a "
-    "relative error of {error:.2g}, for one sample alone. It has to take every input and option of the layer into "
-    "account, sum over positions and not over the batch, and not divide by its size; gsm.verify(model, batch) shows "
-    "more. Correct it, or take it away with grad_samplers.unregister({cls}): the layer works without."
+    "The sampler registered for {cls} is wrong: {what} for {name}, by a relative error of {error:.2g} in a loss of one "
+    "sample alone. Then clipping bounds nothing. It has to sum over positions and not over the batch, and all its "
+    "readings are of the same gradient; gsm.verify(model, batch) shows more. Correct it, or take it away with "
+    "grad_samplers.unregister({cls}): the layer works without."
+)
+UNLIKE = (
+    "The sampler registered for {cls} gives another gradient than autograd for {name} (relative error {error:.2g}, in "
+    "a loss of one sample alone): an input or option of the layer that it ignores, a factor, a sum over positions that "
+    "is missing? What it gives is what is clipped and released, so that epsilon holds, but the model learns from "
+    "something else. gsm.verify(model, batch) shows more; grad_samplers.unregister({cls}): the layer works without."
 )
 
 
@@ -57,14 +64,15 @@ def check_sampler(
     layouts: Sequence[Layout | Rows | None],
     size: int,
 ) -> None:
-    """Compares the sampler's readings of one call with autograd, where the batch is a dimension of its own.
+    """Compares the sampler's readings of one call with each other and with autograd, where the batch is a dimension of
+    its own. Warns if only autograd's is another.
 
     Args:
         forward: the layer's own.
         args, kwargs: what the layer is called with; ``layouts`` says where each tensor of it has its ``size`` samples.
 
     Raises:
-        ValueError: names the parameter.
+        ValueError: a gradient that is not of one sample, or readings that are not of the same; names the parameter.
     """
     batched = next(lay for lay in layouts if lay is not None)
     if any(isinstance(lay, Rows) or lay is UNKNOWN or lay.flat for lay in layouts if lay is not None):
@@ -87,15 +95,20 @@ def check_sampler(
     truth = torch.autograd.grad(outputs, list(copies.values()), backprops, allow_unused=True)
     expected = {p: torch.zeros_like(p) if g is None else g for p, g in zip(own.values(), truth, strict=True)}
     given = [batched.to_front(g, size) for g in backprops]
-    what = module, sampler, seen, given[0] if len(given) == 1 else given
-    for reading, (a, b) in _readings(*what, expected, size):
+    for what, (a, b) in _readings(module, sampler, seen, given[0] if len(given) == 1 else given, expected, size):
         name, error = _largest_error(a, b, own)
-        if error > TOLERANCE.get(own[name].dtype, 0.1):
-            where = f"{path}.{name}" if path else name
-            raise ValueError(WRONG.format(cls=type(module).__name__, reading=reading, name=where, error=error))
+        if error <= TOLERANCE.get(own[name].dtype, 0.1):
+            continue
+        said = {"cls": type(module).__name__, "name": f"{path}.{name}" if path else name, "error": error}
+        if what is None:
+            warnings.warn(UNLIKE.format(**said), stacklevel=2)
+        else:
+            raise ValueError(WRONG.format(what=what, **said))
 
 
 PerParameter = dict[nn.Parameter, Tensor]
+#: What must be equal, and what is wrong if it is not: None where only autograd's gradient is another.
+Reading = tuple[str | None, tuple[PerParameter, PerParameter]]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 
 
@@ -109,25 +122,36 @@ def _of_the_last(output: Tensor, dim: int) -> Tensor:
 
 def _readings(
     module: nn.Module, sampler: Sampler, seen: list[Tensor], given: Any, expected: PerParameter, size: int
-) -> Iterator[tuple[str, tuple[PerParameter, PerParameter]]]:
-    """What the sampler gives, beside what autograd's gradient of the last sample makes of it."""
+) -> Iterator[Reading]:
+    """What the sampler gives for a loss of the last sample, beside what it should be equal to."""
 
-    def alone(value: Tensor) -> Tensor:
-        return torch.cat([value.new_zeros(size - 1, *value.shape), value.unsqueeze(0)])
+    def gradients_for(backprops: Any) -> PerParameter:
+        with shown_instead(module, {}):
+            return per_sample_gradients(module, seen, backprops, sampler=sampler)
 
-    with shown_instead(module, {}):
-        gradients = per_sample_gradients(module, seen, given, sampler=sampler)
-    yield "per-sample gradient", (gradients, {p: alone(g) for p, g in expected.items()})
+    found, of_nothing = gradients_for(given), gradients_for(tree_map(torch.zeros_like, given))
+    own = {p: g[-1:] for p, g in found.items()}
+    yield "a sample's gradient depends on the loss of another", (
+        found,
+        {p: torch.cat([g[:-1], own[p]]) for p, g in of_nothing.items()},
+    )
+    yield None, (own, {p: g.unsqueeze(0) for p, g in expected.items()})
     if sampler.norm is not None:
         with shown_instead(module, {}):
             norms = per_sample_norms(module, seen, given, sampler=sampler)
-        yield "norm", (norms, {p: alone(g.norm()) for p, g in expected.items()})
+        yield "its norm is not that of the gradient it gives", (
+            norms,
+            {p: g.reshape(size, -1).norm(dim=1) for p, g in found.items()},
+        )
     if sampler.weighted is not None:
         one = given[0] if isinstance(given, list) else given
         weights = torch.linspace(0.5, 1.5, size, device=one.device, dtype=one.dtype)
         with shown_instead(module, {}):
             sums = weighted_sum(module, seen, given, weights, sampler=sampler)
-        yield "weighted sum", (sums, {p: 1.5 * g for p, g in expected.items()})
+        yield "its weighted sum is not that of the gradients it gives", (
+            sums,
+            {p: torch.tensordot(weights.to(g.dtype), g, 1) for p, g in found.items()},
+        )
 
 
 def _largest_error(a: PerParameter, b: PerParameter, own: dict[str, nn.Parameter]) -> tuple[str, float]:

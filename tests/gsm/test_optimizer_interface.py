@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from gsm.optimizer import DPOptimizer
+from gsm.sampling import PoissonSampler
 from tests.gsm.optimizer_tools import Spy, clipped_sum, deliver, gradients, parameters, private
 
 BATCH = 5
@@ -275,10 +276,13 @@ def test_a_resumed_run_does_not_repeat_its_noise():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
 def test_copies_work_and_carry_no_unfinished_batch(copied):
     params, optimizer = trained(clipping="adaptive", generator=torch.Generator().manual_seed(0))
+    optimizer.sampler = PoissonSampler(num_samples=10, sample_rate=0.1)
     optimizer.zero_grad()
     deliver(params, gradients(params, BATCH))
     optimizer.virtual_step()
     other = copied(optimizer)
+    assert other.sampler is None and optimizer.sampler is not None and other.journal is None
+    optimizer.sampler = None
     assert other._pending.samples == 0 and optimizer._pending.samples == 1
     assert other.max_grad_norm == optimizer.max_grad_norm and other.clipping is not optimizer.clipping
     own = other.params
