@@ -406,3 +406,16 @@ def test_parameters_that_learn_nothing_from_the_outputs_are_their_own_affair(rec
     private = head(z).square().mean() + frozen(z).sum() + (z * x[:, :3]).sum()
     (private + public(torch.randn(4, 6)).square().mean()).backward()
     assert not recwarn.list and model._losses.judged == 1
+
+
+def test_a_parameter_of_the_model_in_the_loss_is_an_error_and_nothing_else(recwarn):
+    class Tempered(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 3)
+            self.temperature = nn.Parameter(torch.ones(()))
+
+    plain = Tempered()
+    z = GradSampleModule(plain, mode="ghost")(torch.randn(SIZE, 6))
+    with pytest.raises(RuntimeError, match="temperature received an ordinary gradient"):
+        (z * plain.temperature).square().mean().backward()
+    assert not recwarn.list
