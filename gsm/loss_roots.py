@@ -18,19 +18,21 @@ from torch import Tensor
 #: and whether their graph is kept for another.
 Judge = Callable[[Sequence[Tensor], Sequence[Any], bool], None]
 
-_WAITING: weakref.WeakKeyDictionary[Any, Judge] = weakref.WeakKeyDictionary()
+_WAITING: weakref.WeakSet[Any] = weakref.WeakSet()
+_JUDGES: dict[Judge, None] = {}  # copied in one go, as other threads may train, too
 
 
 def wait(token: Any, judge: Judge) -> None:
-    """Has ``judge`` asked before each backward, as long as ``token`` lives and until :func:`done` with it."""
-    _WAITING[token] = judge
+    """Has ``judge`` asked before each backward, as long as a ``token`` lives and is not :func:`done` with."""
+    _JUDGES[judge] = None
+    _WAITING.add(token)
     if not hasattr(torch.autograd.backward, "_gsm_ordinary"):
         torch.autograd.backward = _asking(torch.autograd.backward)
 
 
 def done(token: Any) -> None:
     """Ends what :func:`wait` began with this token."""
-    _WAITING.pop(token, None)
+    _WAITING.discard(token)
 
 
 def _asking(ordinary: Callable[..., None]) -> Callable[..., None]:
@@ -45,9 +47,10 @@ def _asking(ordinary: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         roots = list(tensors) if isinstance(tensors, Sequence) else [tensors]
         grads = list(grad_tensors) if isinstance(grad_tensors, Sequence) else [grad_tensors] * len(roots)
-        for judge in dict.fromkeys(_WAITING.values()):
+        for judge in tuple(_JUDGES) if len(_WAITING) else ():
             judge(roots, grads, bool(retain_graph or create_graph))
-        if not _WAITING and torch.autograd.backward is backward:
+        if not len(_WAITING) and torch.autograd.backward is backward:
+            _JUDGES.clear()
             torch.autograd.backward = ordinary
         ordinary(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
 
