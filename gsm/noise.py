@@ -128,10 +128,10 @@ class GaussianNoise:
 REPEATED = (
     "The generator of the noise is where it was at an earlier release: the same noise would be added again, and the "
     "difference of the two releases would show the data without any. Something seeds it anew (torch.manual_seed in "
-    "the model's forward or in the training loop, a training in another thread?). Seed once, before the training; for fixed random numbers inside a "
-    "model use a torch.Generator of their own. Or another generator was given the same seed: the one that draws the "
-    "batches, whose numbers would tell from the noise who is in them, or another optimizer's. Give every generator a "
-    "seed of its own."
+    "the model's forward or in the training loop, a training in another thread?). Seed once, before the training; for "
+    "fixed random numbers inside a model use a torch.Generator of their own. Or another generator was given the same "
+    "seed: the one that draws the batches, whose numbers would tell from the noise who is in them, or another "
+    "optimizer's. Give every generator a seed of its own."
 )
 
 
