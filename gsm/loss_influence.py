@@ -177,18 +177,18 @@ def chosen(
     for node in _between(roots, outputs.edges):
         if _KINK.match(name := type(node).__name__):
             alike.setdefault((name, getattr(node, "_saved_dim", None), node.next_functions), []).append(node)
-    for nodes in alike.values():
-        made = [
-            torch.autograd.grad(list(roots), GradientEdge(n, 0), list(grads), retain_graph=True, allow_unused=True)[0]
-            for n in nodes
-        ]
-        if any(g is None for g in made):
-            continue
-        used = _finite(torch.stack([g for g in made if g is not None]).sum(0)).abs()
+    kinks = [node for nodes in alike.values() for node in nodes]
+    made = dict(zip(kinks, _made(roots, grads, [GradientEdge(n, 0) for n in kinks]), strict=True))
+    groups = [nodes for nodes in alike.values() if all(made[n] is not None for n in nodes)]
+    edges = list(dict.fromkeys(e for nodes in groups for e in _inputs(nodes[0])))
+    both = [
+        dict(zip(edges, _moves(edges, outputs, random, half), strict=True)) for half in (rows, [~r for r in rows])
+    ]
+    for nodes in groups:
+        used = _finite(_all(g for n in nodes if (g := made[n]) is not None)).abs()
         found = _KINK.match(type(nodes[0]).__name__)
         assert found is not None
-        inputs = [GradientEdge(n, number) for n, number in nodes[0].next_functions if n is not None]
-        moved = [_all(_moves(edge, outputs, random, half) for edge in inputs) for half in (rows, [~r for r in rows])]
+        moved = [_all(by_edge[e] for e in _inputs(nodes[0])) for by_edge in both]
         if not found["entrywise"]:
             dims = _dims(nodes[0], found["along"] or found["once"], moved[0].dim())
             moved, used = [m.amax(dims) if m.dim() else m for m in moved], used.max()
@@ -198,19 +198,35 @@ def chosen(
     return None
 
 
+def _inputs(node: Node) -> list[GradientEdge]:
+    return [GradientEdge(n, number) for n, number in node.next_functions if n is not None]
+
+
+def _made(
+    roots: Sequence[Tensor], grads: Sequence[Tensor | None], edges: Sequence[GradientEdge]
+) -> Sequence[Tensor | None]:
+    """What the loss sends back to each edge, all in one backward: one for each would take time quadratic in them."""
+    if not edges:
+        return []
+    return torch.autograd.grad(list(roots), list(edges), list(grads), retain_graph=True, allow_unused=True)
+
+
 def _all(values: Iterable[Tensor]) -> Tensor:
     return functools.reduce(torch.add, values)
 
 
 def _moves(
-    edge: GradientEdge, outputs: Outputs, random: Sequence[Tensor | None], rows: Sequence[Tensor]
-) -> Tensor:
-    """By how much the value at ``edge`` moves with the outputs of the samples ``rows``: two backwards are a forward."""
-    is_ = edge.node._input_metadata[edge.output_nr]
-    nothing = torch.zeros(is_.shape, dtype=is_.dtype, device=is_.device)
-    weights = torch.ones_like(nothing, requires_grad=True)
+    edges: Sequence[GradientEdge], outputs: Outputs, random: Sequence[Tensor | None], rows: Sequence[Tensor]
+) -> list[Tensor]:
+    """By how much the values at ``edges`` move with the outputs of the samples ``rows``: two backwards are a forward,
+    for all edges at once, as what is sent back from several of them adds up."""
+    if not edges:
+        return []
+    are = [edge.node._input_metadata[edge.output_nr] for edge in edges]
+    nothing = [torch.zeros(is_.shape, dtype=is_.dtype, device=is_.device) for is_ in are]
+    weights = [torch.ones_like(zeros, requires_grad=True) for zeros in nothing]
     back = torch.autograd.grad(
-        [edge], outputs.edges, [weights], retain_graph=True, create_graph=True, allow_unused=True
+        list(edges), outputs.edges, weights, retain_graph=True, create_graph=True, allow_unused=True
     )
     own = [
         (b * r * outputs.along(k, b, rows[k])).sum()
@@ -219,8 +235,8 @@ def _moves(
     ]
     if not own:
         return nothing
-    (moved,) = torch.autograd.grad(torch.stack(own).sum(), weights, allow_unused=True, retain_graph=True)
-    return nothing if moved is None else _finite(moved).abs()
+    moved = torch.autograd.grad(torch.stack(own).sum(), weights, allow_unused=True, retain_graph=True)
+    return [n if m is None else _finite(m).abs() for n, m in zip(nothing, moved, strict=True)]
 
 
 def _forbidden(node: Any) -> bool:

@@ -406,3 +406,20 @@ def test_parameters_that_learn_nothing_from_the_outputs_are_their_own_affair(rec
     private = head(z).square().mean() + frozen(z).sum() + (z * x[:, :3]).sum()
     (private + public(torch.randn(4, 6)).square().mean()).backward()
     assert not recwarn.list and model._losses.judged == 1
+
+
+def test_many_functions_of_pieces_take_as_many_backwards_as_few(monkeypatch):
+    """One each would be quadratic in them: minutes for losses that go through positions in a loop."""
+    ordinary, calls = torch.autograd.grad, []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(1) or ordinary(*args, **kwargs))
+
+    def backwards(steps):
+        calls.clear()
+        out = GradSampleModule(nn.Linear(3, 4))(torch.randn(5, 3))
+        best = out
+        for k in range(steps):
+            best = torch.maximum(best.roll(1, 1), out - k).clamp(-9, 9)
+        best.sum(1).mean().backward()
+        return len(calls)
+
+    assert backwards(40) == backwards(2) > 0
