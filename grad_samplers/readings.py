@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from grad_samplers.registry import GradSampler, Layer, PerParameter, Sampler, lookup
 from grad_samplers.tensors import wide
 
-
 #: The output's gradient, or those of several outputs.
 Backprops = Any
 
