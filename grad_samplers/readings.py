@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grad_samplers.registry import GradSampler, Layer, PerParameter, Sampler, lookup
 from grad_samplers.tensors import wide
+
+#: The output's gradient, or those of several outputs.
+Backprops = Any
 
 
 def norms_from(grad: GradSampler) -> GradSampler:
@@ -37,14 +41,15 @@ def weighted_from(grad: GradSampler) -> GradSampler:
 
 
 def per_sample_gradients(
-    layer: Layer, activations: Sequence[Tensor], backprops: Tensor, *, sampler: Sampler | None = None
+    layer: Layer, activations: Sequence[Tensor], backprops: Backprops, *, sampler: Sampler | None = None
 ) -> PerParameter:
     """The gradient of each sample's own loss with respect to each trainable parameter of the layer.
 
     Args:
         layer: the layer, or a stand-in with its parameters and options as attributes (then name the `sampler`).
         activations: the layer's tensor inputs, batch first, detached.
-        backprops: gradient of each sample's own loss with respect to the layer's output, `[B, ...]`.
+        backprops: gradient of each sample's own loss with respect to the layer's output, `[B, ...]`; a list of them
+            for a layer with several floating-point outputs.
         sampler: the sampler to use; by default the one `lookup` finds.
 
     Returns:
@@ -60,20 +65,20 @@ def per_sample_gradients(
         torch.Size([4, 2, 3])
     """
     found = sampler or _sampler(layer)
-    batch = backprops.shape[0]
-    with full_precision(backprops):
+    batch = _first(backprops).shape[0]
+    with full_precision(_first(backprops)):
         gradients = found.grad(layer, list(activations), backprops)
     return _checked(layer, found, gradients, lambda p: (batch, *p.shape))
 
 
 def per_sample_norms(
-    layer: Layer, activations: Sequence[Tensor], backprops: Tensor, *, sampler: Sampler | None = None
+    layer: Layer, activations: Sequence[Tensor], backprops: Backprops, *, sampler: Sampler | None = None
 ) -> PerParameter:
     """The 2-norm of each sample's gradient, `{parameter: [B]}`; arguments and errors as `per_sample_gradients`."""
     found = sampler or _sampler(layer)
     norm = found.norm or norms_from(found.grad)
-    batch = backprops.shape[0]
-    with full_precision(backprops):
+    batch = _first(backprops).shape[0]
+    with full_precision(_first(backprops)):
         norms = norm(layer, list(activations), backprops)
     return _checked(layer, found, norms, lambda p: (batch,))
 
@@ -81,7 +86,7 @@ def per_sample_norms(
 def weighted_sum(
     layer: Layer,
     activations: Sequence[Tensor],
-    backprops: Tensor,
+    backprops: Backprops,
     weights: Tensor,
     *,
     sampler: Sampler | None = None,
@@ -94,10 +99,11 @@ def weighted_sum(
         weights: one factor per sample, `[B]`.
     """
     found = sampler or _sampler(layer)
-    if weights.shape != backprops.shape[:1]:
-        raise ValueError(f"weights has shape {tuple(weights.shape)}; one per sample is ({backprops.shape[0]},)")
+    batch = _first(backprops).shape[0]
+    if weights.shape != (batch,):
+        raise ValueError(f"weights has shape {tuple(weights.shape)}; one per sample is ({batch},)")
     weighted = found.weighted or weighted_from(found.grad)
-    with full_precision(backprops):
+    with full_precision(_first(backprops)):
         sums = weighted(layer, list(activations), backprops, weights)
     return _checked(layer, found, sums, lambda p: tuple(p.shape))
 
@@ -106,6 +112,10 @@ def full_precision(x: Tensor) -> AbstractContextManager:
     """Switches autocast off, should it be on where the backward runs: it would take matmuls to half precision."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _first(backprops: Backprops) -> Tensor:
+    return backprops[0] if isinstance(backprops, list) else backprops
 
 
 def _sampler(layer: Layer) -> Sampler:

@@ -73,7 +73,7 @@ class Record:
             weights = weights.new_zeros(len(backprops)).index_copy_(0, rows, weights)
         elif rows is not None:
             activations = [a[rows] if isinstance(a, Tensor) else a for a in activations]
-            backprops = backprops[rows]
+            backprops = [b[rows] for b in backprops] if isinstance(backprops, list) else backprops[rows]
         return weighted_sum(self.layer, activations, backprops, weights, sampler=self.sampler)
 
 

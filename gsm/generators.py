@@ -70,9 +70,9 @@ def _blocks(seed: int) -> dict[bytes, int]:
     generator = Generator().manual_seed(seed)
     found = {_numbers(_bytes(generator)): 0}
     for block in range(1, BLOCKS + 1):
-        torch.rand(1, generator=generator)
+        torch.rand(1, generator=generator, dtype=torch.float32)  # one number; a double is made of two
         found[_numbers(_bytes(generator))] = block
-        torch.rand(_IN_A_BLOCK - 1, generator=generator)
+        torch.rand(_IN_A_BLOCK - 1, generator=generator, dtype=torch.float32)
     return found
 
 

@@ -78,9 +78,7 @@ class Outputs:
         )
 
 
-def influence(
-    roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: Outputs, bit: int | None
-) -> str | None:
+def influence(roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: Outputs, bit: int | None) -> str | None:
     """What makes the loss depend on several samples at once, in words; None if nothing does.
 
     Args:
@@ -130,7 +128,11 @@ def informed(roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: O
             if g is None or not g.requires_grad:
                 continue
             value = (g * _random(g, torch.Generator().manual_seed(0))).sum()
-            changes = torch.autograd.grad(value, outputs.edges, retain_graph=True, allow_unused=True)
+            try:
+                changes = torch.autograd.grad(value, outputs.edges, retain_graph=True, allow_unused=True)
+            except (RuntimeError, NotImplementedError):  # not known how, but it is made of what the graph holds
+                found.append(leaf)
+                continue
         if any(c is not None and bool(_finite(c).any()) for c in changes):
             found.append(leaf)
     return found
@@ -177,25 +179,40 @@ def chosen(
     for node in _between(roots, outputs.edges):
         if _KINK.match(name := type(node).__name__):
             alike.setdefault((name, getattr(node, "_saved_dim", None), node.next_functions), []).append(node)
-    for nodes in alike.values():
-        made = [
-            torch.autograd.grad(list(roots), GradientEdge(n, 0), list(grads), retain_graph=True, allow_unused=True)[0]
-            for n in nodes
-        ]
-        if any(g is None for g in made):
-            continue
-        used = _finite(torch.stack([g for g in made if g is not None]).sum(0)).abs()
+    kinks = [node for nodes in alike.values() for node in nodes]
+    made = dict(zip(kinks, _made(roots, grads, [GradientEdge(n, 0) for n in kinks]), strict=True))
+    groups = [nodes for nodes in alike.values() if all(made[n] is not None for n in nodes)]
+    edges = list(dict.fromkeys(e for nodes in groups for e in _inputs(nodes[0])))
+    both = [dict(zip(edges, _moves(edges, outputs, random, half), strict=True)) for half in (rows, [~r for r in rows])]
+    for nodes in groups:
+        used = _finite(_all(g for n in nodes if (g := made[n]) is not None)).abs()
         found = _KINK.match(type(nodes[0]).__name__)
         assert found is not None
-        inputs = [GradientEdge(n, number) for n, number in nodes[0].next_functions if n is not None]
-        moved = [_all(_moves(edge, outputs, random, half) for edge in inputs) for half in (rows, [~r for r in rows])]
+        moved = [[by_edge[e] for e in _inputs(nodes[0])] for by_edge in both]
         if not found["entrywise"]:
-            dims = _dims(nodes[0], found["along"] or found["once"], moved[0].dim())
-            moved, used = [m.amax(dims) if m.dim() else m for m in moved], used.max()
-        several = torch.minimum(*moved) > _tolerance(moved) * torch.maximum(*moved)
-        if bool((several & (torch.maximum(*moved) * used > _tolerance(moved) * scale)).any()):
+            # Distances from what does not move with the outputs leave their rows apart.
+            moving = [k for k, halves in enumerate(zip(*moved, strict=True)) if any(bool(m.any()) for m in halves)]
+            dims = functools.partial(_dims, nodes[0], found["along"] or found["once"], len(moving) > 1)
+            moved = [[m[k].amax(dims(m[k].dim())) if m[k].dim() else m[k] for k in moving or [0]] for m in moved]
+            used = used.max()
+        joined = [_all(m) for m in moved]
+        several = torch.minimum(*joined) > _tolerance(joined) * torch.maximum(*joined)
+        if bool((several & (torch.maximum(*joined) * used > _tolerance(joined) * scale)).any()):
             return found[0].partition("Backward")[0].lower()
     return None
+
+
+def _inputs(node: Node) -> list[GradientEdge]:
+    return [GradientEdge(n, number) for n, number in node.next_functions if n is not None]
+
+
+def _made(
+    roots: Sequence[Tensor], grads: Sequence[Tensor | None], edges: Sequence[GradientEdge]
+) -> Sequence[Tensor | None]:
+    """What the loss sends back to each edge, all in one backward: one for each would take time quadratic in them."""
+    if not edges:
+        return []
+    return torch.autograd.grad(list(roots), list(edges), list(grads), retain_graph=True, allow_unused=True)
 
 
 def _all(values: Iterable[Tensor]) -> Tensor:
@@ -203,14 +220,17 @@ def _all(values: Iterable[Tensor]) -> Tensor:
 
 
 def _moves(
-    edge: GradientEdge, outputs: Outputs, random: Sequence[Tensor | None], rows: Sequence[Tensor]
-) -> Tensor:
-    """By how much the value at ``edge`` moves with the outputs of the samples ``rows``: two backwards are a forward."""
-    is_ = edge.node._input_metadata[edge.output_nr]
-    nothing = torch.zeros(is_.shape, dtype=is_.dtype, device=is_.device)
-    weights = torch.ones_like(nothing, requires_grad=True)
+    edges: Sequence[GradientEdge], outputs: Outputs, random: Sequence[Tensor | None], rows: Sequence[Tensor]
+) -> list[Tensor]:
+    """By how much the values at ``edges`` move with the outputs of the samples ``rows``: two backwards are a forward,
+    for all edges at once, as what is sent back from several of them adds up."""
+    if not edges:
+        return []
+    are = [edge.node._input_metadata[edge.output_nr] for edge in edges]
+    nothing = [torch.zeros(is_.shape, dtype=is_.dtype, device=is_.device) for is_ in are]
+    weights = [torch.ones_like(zeros, requires_grad=True) for zeros in nothing]
     back = torch.autograd.grad(
-        [edge], outputs.edges, [weights], retain_graph=True, create_graph=True, allow_unused=True
+        list(edges), outputs.edges, weights, retain_graph=True, create_graph=True, allow_unused=True
     )
     own = [
         (b * r * outputs.along(k, b, rows[k])).sum()
@@ -219,8 +239,8 @@ def _moves(
     ]
     if not own:
         return nothing
-    (moved,) = torch.autograd.grad(torch.stack(own).sum(), weights, allow_unused=True, retain_graph=True)
-    return nothing if moved is None else _finite(moved).abs()
+    moved = torch.autograd.grad(torch.stack(own).sum(), weights, allow_unused=True, retain_graph=True)
+    return [n if m is None else _finite(m).abs() for n, m in zip(nothing, moved, strict=True)]
 
 
 def _forbidden(node: Any) -> bool:
@@ -241,15 +261,14 @@ def _between(roots: Sequence[Tensor], edges: Sequence[GradientEdge]) -> Iterator
             stack += [n for n, _ in node.next_functions]
 
 
-def _dims(node: Any, name: str, all_dims: int) -> tuple[int, ...]:
-    """The dimensions of a function's input along which it joins entries."""
+def _dims(node: Any, name: str, both: bool, all_dims: int) -> tuple[int, ...]:
+    """The dimensions of a function's input along which it joins entries; ``both``: whether several inputs move."""
     if name in ("MultiMarginLoss", "MultilabelMarginLoss"):
         return tuple(range(1, all_dims))
     if name in ("CtcLoss", "CudnnCtcLoss"):
         return (0, 2)[: all_dims - 1]
-    if name == "Cdist":  # the distances of all rows from constants, or from all rows
-        others = [n for n, _ in node.next_functions]
-        return tuple(range(all_dims)) if None not in others else (all_dims - 1,)
+    if name == "Cdist":  # the distances of all rows from constants, or of all from all within each matrix
+        return (-2, -1) if both else (-1,)
     saved = getattr(node, "_saved_dim", None)
     found = saved if isinstance(saved, tuple) else () if saved is None else (saved,)
     return tuple(int(d) - (1 << 64 if d >= 1 << 63 else 0) for d in found) or tuple(range(all_dims))

@@ -16,8 +16,8 @@ from gsm import ledger, unsaved  # noqa: F401  (unsaved: what pickled parameters
 
 NO_BACKWARD = (
     "No per-sample gradients: nothing was captured since the last step() or zero_grad(). Run a forward of the wrapped "
-    "model in train mode and loss.backward() before step(), and no zero_grad() between the two. If you did, the "
-    "optimizer holds other parameters than that model: it was copied, or its parameters were replaced "
+    "model in train mode and loss.backward() (without inputs=) before step(), and no zero_grad() between the two. If "
+    "you did, the optimizer holds other parameters than that model: it was copied, or its parameters were replaced "
     "(load_state_dict(assign=True)) after the optimizer was made."
 )
 FORGOTTEN = (

@@ -28,6 +28,17 @@ def test_a_seed_brings_back_what_was_used(n: int, between: int) -> None:
     assert use(used, generator, n) == (between < 2 * n)
 
 
+def test_what_is_used_is_free_also_where_numbers_are_doubles_by_default() -> None:
+    torch.set_default_dtype(torch.float64)  # a double is made of two numbers
+    try:
+        used, generator = Used(), torch.Generator().manual_seed(3)
+        assert not any(use(used, generator, 100) for _ in range(60))
+        generator.manual_seed(3)
+        assert use(used, generator, 100)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_other_seeds_give_other_numbers() -> None:
     used, generator = Used(), torch.Generator()
     for seed in (0, 1, 2):

@@ -43,6 +43,8 @@ COMPARING = {
     "logarithm of a mean": lambda z, y: z.exp().mean().log(),
     "mean, cut off": lambda z, y: F.mse_loss(z, z.detach() + 1).clamp(max=10),
     "distances": lambda z, y: torch.exp(-(torch.cdist(z, z) ** 2)).mean(),
+    "distances to neighbours": lambda z, y: torch.cdist(z[:, :, None], z.roll(1, 0)[:, :2, None]).square().mean(),
+    "distances, one sample a column": lambda z, y: torch.cdist(z.T, torch.zeros(2, SIZE)).mean(),
     "triplets of neighbours": lambda z, y: F.triplet_margin_loss(z, z.roll(1, 0), z.roll(2, 0)),
     "ranking by a hinge": lambda z, y: torch.relu(1 - pairs(z)).mean(),
     "ranking of pairs": lambda z, y: F.margin_ranking_loss(z[:, 0], z[:, 0].roll(1), torch.ones(SIZE)),
@@ -84,6 +86,8 @@ OWN = {
     "shifted by the largest": lambda z, y: ((z - z.max()).logsumexp(1) + z.max() - z[:, 0]).mean(),
     "shifted by the mean": lambda z, y: ((z - z.mean()).logsumexp(1) + z.mean()).mean(),
     "distances from constants": lambda z, y: torch.cdist(z, torch.eye(3)).square().mean(),
+    "distances within each": lambda z, y: torch.cdist(z[:, :, None], z[:, :2, None] + 1).square().mean(),
+    "distances from a parameter": lambda z, y: torch.cdist(z, torch.eye(3).requires_grad_() * 1).square().mean(),
     "divergence": lambda z, y: F.kl_div(z.log_softmax(1), torch.full_like(z, 1 / 3), reduction="batchmean"),
     "likelihood": lambda z, y: -torch.distributions.Normal(z[:, 0], z[:, 1].exp()).log_prob(y.float()).mean(),
     "alignment": lambda z, y: F.ctc_loss(
@@ -419,3 +423,25 @@ def test_a_parameter_of_the_model_in_the_loss_is_an_error_and_nothing_else(recwa
     with pytest.raises(RuntimeError, match="temperature received an ordinary gradient"):
         (z * plain.temperature).square().mean().backward()
     assert not recwarn.list
+
+
+def test_many_functions_of_pieces_take_as_many_backwards_as_few(monkeypatch):
+    """One each would be quadratic in them: minutes for losses that go through positions in a loop."""
+    ordinary, calls = torch.autograd.grad, []
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(1) or ordinary(*args, **kwargs))
+
+    def backwards(steps):
+        calls.clear()
+        out = GradSampleModule(nn.Linear(3, 4))(torch.randn(5, 3))
+        best = out
+        for k in range(steps):
+            best = torch.maximum(best.roll(1, 1), out - k).clamp(-9, 9)
+        best.sum(1).mean().backward()
+        return len(calls)
+
+    assert backwards(40) == backwards(2) > 0
+
+
+def test_parameters_beside_the_model_in_what_cannot_be_differentiated_twice_are_said():
+    with pytest.warns(UserWarning, match="1 trainable parameter.s. beside the wrapped model"):
+        backward(lambda z, y: torch.cdist(z, nn.Parameter(torch.eye(3))).mean())

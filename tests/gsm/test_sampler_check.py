@@ -129,3 +129,38 @@ def test_only_users_samplers_are_compared() -> None:
     grad_samplers.register_grad_sampler(Affine)(right)
     own = grad_samplers.lookup(Affine())
     assert own is not None and is_users(own)
+
+
+class Both(nn.Module):
+    """A layer with two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.w = nn.Parameter(torch.randn(5, 8).double()), nn.Parameter(torch.randn(5, 8).double())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ self.v.T, x @ self.w.T
+
+
+class OfBoth(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = Both()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.both(x)
+        return a * b.sigmoid()
+
+
+@pytest.mark.parametrize("mode", ["auto", "hooks", "ghost"])
+def test_a_layer_with_several_outputs_hands_its_sampler_a_list(mode: str, recwarn: pytest.WarningsRecorder) -> None:
+    @grad_samplers.register_grad_sampler(Both)
+    def both(layer: Both, activations: list[Tensor], backprops: list[Tensor]) -> dict[nn.Parameter, Tensor]:
+        outer = [torch.einsum("ni,no->noi", activations[0], b) for b in backprops]
+        return {layer.v: outer[0], layer.w: outer[1]}
+
+    try:
+        check(OfBoth(), torch.randn(4, 8, dtype=torch.float64), mode=mode)
+    finally:
+        grad_samplers.unregister(Both)
+    assert not recwarn.list
