@@ -70,6 +70,17 @@ class Outputs:
         shape[self.dims[k]] = self.sizes[k]
         return rows.to(x.device, x.dtype).reshape(shape)
 
+    def along_all(
+        self, grads: Sequence[Tensor | None], directions: Sequence[Tensor | None], rows: Sequence[Tensor]
+    ) -> Tensor | None:
+        """The sum of ``grads`` along ``directions``, over the samples ``rows``; None if none is part of a graph."""
+        products = [
+            (g * d * self.along(k, g, rows[k])).sum()
+            for k, (g, d) in enumerate(zip(grads, directions, strict=True))
+            if g is not None and d is not None and g.requires_grad
+        ]
+        return torch.stack(products).sum() if products else None
+
     def largest(self, grads: Sequence[Tensor | None], rows: Sequence[Tensor]) -> float:
         """The largest entry among the gradients of the samples ``rows``."""
         return max(
@@ -149,14 +160,10 @@ def curved(
         random: a direction for each.
         rows: for each which samples.
     """
-    own = [
-        (g * r * outputs.along(k, g, rows[k])).sum()
-        for k, (g, r) in enumerate(zip(first, random, strict=True))
-        if g is not None and r is not None and g.requires_grad
-    ]
-    if not own:
+    own = outputs.along_all(first, random, rows)
+    if own is None:
         return False
-    second = torch.autograd.grad(torch.stack(own).sum(), outputs.edges, retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(own, outputs.edges, retain_graph=True, allow_unused=True)
     everyone = outputs.largest(second, [torch.ones_like(r) for r in rows])
     return outputs.largest(second, [~r for r in rows]) > _tolerance(second) * everyone
 
@@ -232,14 +239,10 @@ def _moves(
     back = torch.autograd.grad(
         list(edges), outputs.edges, weights, retain_graph=True, create_graph=True, allow_unused=True
     )
-    own = [
-        (b * r * outputs.along(k, b, rows[k])).sum()
-        for k, (b, r) in enumerate(zip(back, random, strict=True))
-        if b is not None and r is not None and b.requires_grad
-    ]
-    if not own:
+    own = outputs.along_all(back, random, rows)
+    if own is None:
         return nothing
-    moved = torch.autograd.grad(torch.stack(own).sum(), weights, allow_unused=True, retain_graph=True)
+    moved = torch.autograd.grad(own, weights, allow_unused=True, retain_graph=True)
     return [n if m is None else _finite(m).abs() for n, m in zip(nothing, moved, strict=True)]
 
 
