@@ -138,8 +138,8 @@ class LossCheck:
         first = self._batch_dim(x)
         dims = [d for d in (first, 1 - first) if d < x.dim() and x.shape[d] == size]
         if dims and _in_a_graph(x):
-            marks: Any = x.grad_fn.metadata  # type: ignore[union-attr]
-            marks.setdefault(_MARK, {})[x.output_nr] = mark = Mark(self, size, dims, x.numel())
+            node: Any = x.grad_fn
+            node.metadata.setdefault(_MARK, {})[x.output_nr] = mark = Mark(self, size, dims, x.numel())
             if self.forwards <= FIRST or self.forwards % RARELY == 0:
                 loss_roots.wait(mark, compare)
 

@@ -117,7 +117,7 @@ def influence(roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: 
                 by = chosen(roots, grads, outputs, first, random, rows)
                 if by is not None:
                     return f"{by} joins the outputs of several samples"
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:  # torch's word for a derivative that it does not have
         raise NotJudged(str(error).splitlines()[0]) from error
     return None
 
@@ -141,7 +141,7 @@ def informed(roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: O
             value = (g * _random(g, torch.Generator().manual_seed(0))).sum()
             try:
                 changes = torch.autograd.grad(value, outputs.edges, retain_graph=True, allow_unused=True)
-            except (RuntimeError, NotImplementedError):  # not known how, but it is made of what the graph holds
+            except RuntimeError:  # not known how, but it is made of what the graph holds
                 found.append(leaf)
                 continue
         if any(c is not None and bool(_finite(c).any()) for c in changes):

@@ -18,6 +18,7 @@ from torch import Tensor
 #: and whether their graph is kept for another.
 Judge = Callable[[Sequence[Tensor], Sequence[Any], bool], None]
 
+_OURS = "_gsm_asks"  # functools.wraps hands it on to whoever replaces ours
 _WAITING: weakref.WeakSet[Any] = weakref.WeakSet()
 _JUDGES: dict[Judge, None] = {}  # copied in one go, as other threads may train, too
 
@@ -26,7 +27,7 @@ def wait(token: Any, judge: Judge) -> None:
     """Has ``judge`` asked before each backward, as long as a ``token`` lives and is not :func:`done` with."""
     _JUDGES[judge] = None
     _WAITING.add(token)
-    if not hasattr(torch.autograd.backward, "_gsm_ordinary"):
+    if not hasattr(torch.autograd.backward, _OURS):
         torch.autograd.backward = _asking(torch.autograd.backward)
 
 
@@ -54,5 +55,5 @@ def _asking(ordinary: Callable[..., None]) -> Callable[..., None]:
             torch.autograd.backward = ordinary
         ordinary(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
 
-    backward._gsm_ordinary = ordinary  # type: ignore[attr-defined]
+    backward.__dict__[_OURS] = True
     return backward

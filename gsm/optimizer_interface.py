@@ -111,7 +111,7 @@ class OptimizerInterface(OpacusDPOptimizer):
         """Says if batches hold more records than ``expected_batch_size``, where no loader is known that draws them.
 
         Parts of one size that virtual_step() joined are cut from fixed batches, which hold no more than that. Others
-        may be Poisson samples: they hold more than is said here once in 10^9 trainings.
+        may be Poisson samples: by chance, one look in 10^9 at most says what is not so.
         """
         pending, expected = self._pending, self.expected_batch_size
         if expected is None or self.loss_reduction != "mean" or pending.samples != 1:
