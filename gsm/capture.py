@@ -34,8 +34,8 @@ Runner = Callable[["Capture", "CapturedForward", tuple[Any, ...], dict[str, Any]
 class CapturedForward:
     """In front of one module's forward. Without a capture (in a copy of the module) it only calls that forward."""
 
-    def __init__(self, module: nn.Module, capture: Capture | None, runner: Runner | None = None):
-        self.module, self.capture, self.runner = module, capture, runner
+    def __init__(self, module: nn.Module, capture: Capture | None, runner: Runner | None = None, path: str = ""):
+        self.module, self.capture, self.runner, self.path = module, capture, runner, path
         self.previous: Any = module.__dict__.get("forward")
         self.bypass = False
         self.tracked: dict[str, nn.Parameter] = {}  # the module's own parameters that the capture tracks, by name
@@ -119,7 +119,8 @@ class Capture:
         self.forwards: dict[str, CapturedForward] = {}
         self._sites: list[tuple[dict[str, Any], str, Tracked]] = []
         self._inside: dict[str, list[tuple[dict[str, Any], str, Tracked]]] = {}
-        self.whole: Callable[[tuple[Any, ...], dict[str, Any], int], Any] | None = None  # a call of the model itself
+        # What runs a call from outside: of the model itself, or of a part of it.
+        self.whole: Callable[[CapturedForward, tuple[Any, ...], dict[str, Any], int], Any] | None = None
 
     def attach(self, runners: dict[str, Runner], subtrees: set[str], covered: set[str]) -> None:
         """Installs captured forwards, and tracks all trainable parameters.
@@ -138,7 +139,7 @@ class Capture:
             own = [(n, p) for n, p in module._parameters.items() if p is not None and p.requires_grad]
             # Modules above a parameter too: checkpointing may run any of them again, apart from the model's forward.
             if path not in covered and (module is self.root or any(p.requires_grad for p in module.parameters())):
-                forward = CapturedForward(module, self, runners.get(path))
+                forward = CapturedForward(module, self, runners.get(path), path)
                 forward.tracked = dict(own)
                 forward.install()
                 self.forwards[path] = forward
@@ -205,9 +206,17 @@ class Capture:
             )
         if size == 0:
             return self._without_samples(forward, args, kwargs)
-        if self.whole is not None and forward.module is self.root:
-            return self.whole(args, kwargs, size)
-        return self.run_pass(forward, args, kwargs, size)
+        for told in self.tape.before_pass:
+            told(forward.path, args, kwargs)
+        out = self._run_whole(forward, args, kwargs, size)
+        for asked in self.tape.after_pass:
+            asked(forward.path, forward.module, out, size)
+        return out
+
+    def _run_whole(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> Any:
+        if self.whole is None:
+            return self.run_pass(forward, args, kwargs, size)
+        return self.whole(forward, args, kwargs, size)
 
     def _without_samples(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An empty batch: as it is where the model can, there and back, else as :mod:`gsm.empty` says."""
@@ -215,8 +224,7 @@ class Capture:
 
         out, failed = None, None
         try:
-            whole = self.whole if forward.module is self.root else None
-            out = self.run_pass(forward, args, kwargs, 0) if whole is None else whole(args, kwargs, 0)
+            out = self._run_whole(forward, args, kwargs, 0)
             if empty.has_backward(forward, self.root, self.tape, args, kwargs):
                 return out
         except Exception as error:

@@ -1,22 +1,20 @@
 """Losses computed outside of the model: does one sample's loss, or its weight, depend on other samples?
 
-Clipping bounds what one record changes only if every sample's loss is its own. The loss of the ordinary loop is
-differentiated twice before its backward (:mod:`gsm.loss_influence`), and the gradient that it sends back to the model's
-output shows what it weighs the samples with (:mod:`gsm.loss_shares`); a vector handed to ``step(loss=)`` is
-differentiated, half of its entries at a time, with respect to the outputs of the other half. All of this is done in the
-first batches and in a few later ones; between them nothing is installed but a counter.
+Clipping bounds what one record changes only if every sample's loss is its own. Before a backward the loss is
+differentiated twice, and computed again with other samples in the place of some (:mod:`gsm.loss_compare`). The gradient
+that it sends back to the model's output shows what it weighs the samples with (:mod:`gsm.loss_shares`). A vector handed
+to ``step(loss=)`` is differentiated, half of its entries at a time, with respect to the outputs of the other half. All
+of this is done in the first batches and in a few later ones; between them nothing is installed but a counter.
 
-What is refused is wrong. What is not refused need not be right: labels that change a loss other than cross entropy, and
-weights made of detached outputs, leave no such trace. ``verify(model, inputs, loss=...)`` shows those.
+What is refused is wrong. What is not refused need not be right: what a loss reads through Python numbers or numpy, and
+labels that are not rows of tensors, leave no such trace. ``verify(model, inputs, loss=...)`` shows those.
 """
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,17 +23,17 @@ from torch.autograd.graph import GradientEdge
 
 from gsm import ledger, loss_roots
 from gsm.layout import SamplesInfluenceEachOther
-from gsm.loss_influence import NotJudged, Outputs, influence, informed
+from gsm.loss_compare import compare, compare_inputs, judging
+from gsm.loss_labels import Labels
+from gsm.loss_marks import Mark, in_a_graph, marked
 from gsm.loss_shares import HISTORY, Rows, Shares, depends_on_neighbours, other_reduction
 from gsm.structures import named_tensors, tensors_in
 from gsm.tape import Tape
+from gsm.window import window
 
-FIRST, THEN = 8, 64  # the first forwards, and every so many afterwards
+FIRST, THEN = 8, 64  # the first batches, and every so many afterwards
 RARELY = 4 * THEN  # what differentiates twice takes as long as two steps of the smallest models
 MOST_CLASSES = 1 << 20
-MOST_ENTRIES = 1 << 24
-"""Entries of a loss's outputs beyond which it is not differentiated twice, which takes several times their memory."""
-_MARK = "gsm.loss_check"
 _CHECKS: weakref.WeakKeyDictionary[Tape, weakref.ref[LossCheck]] = weakref.WeakKeyDictionary()
 
 NORMALISED = (
@@ -56,95 +54,78 @@ ENTRIES = (
     "batch. No clipping of single records makes such a loss private. Compute every entry from its own sample's "
     "outputs, as gsm.transformers.per_sample_loss does."
 )
-COMPARES = (
-    "the loss compares samples: {how}. Contrastive losses (in-batch negatives), rankings, the batch's hardest samples, "
-    "the root of a mean, variances and other statistics of a batch do that. What one record changes is then no longer "
-    "bounded by clipping its own gradient. Use a mean (or sum) of terms that each depend on one sample's outputs: "
-    "compare with a constant bank or with classes instead of the batch, take roots within each sample."
-)
-
-UNJUDGED = (
-    "Whether the loss compares samples could not be told, as it cannot be differentiated twice ({error}). If each of "
-    "its terms is made of one sample's outputs, all is well: gsm.verify(model, inputs, loss=...) shows it."
-)
-
-BESIDE = (
-    "The loss is also made of {n} trainable parameter(s) beside the wrapped model (the first of shape {shape}), whose "
-    "gradients depend on its outputs: they arrive without clipping and noise, and whoever trains with them publishes "
-    "what no epsilon covers. Make them part of the model before it is wrapped, or freeze them."
-)
-
-
-class Mark:
-    """What an output was, left in the graph at its place."""
-
-    __slots__ = ("check", "size", "dims", "entries", "__weakref__")
-
-    def __init__(self, check: LossCheck, size: int, dims: list[int], entries: int):
-        self.check, self.size, self.dims, self.entries = weakref.ref(check), size, dims, entries
 
 
 class LossCheck:
     """Watches what one wrapped model's outputs are used for.
 
     Args:
-        module: the model, which gets a forward hook; without it (in a copy of a model) nothing is checked.
-        tape: what captures its gradients.
+        tape: what captures the model's gradients; without it (in a copy of a model) nothing is checked.
     """
 
-    def __init__(self, module: nn.Module | None = None, tape: Tape | None = None):
-        self.tape, self.forwards, self.judged, self.said, self.beside = tape, 0, 0, False, False
-        self.history: dict[int, deque[Shares]] = {}
-        self.fresh: list[int] = []
-        self._handle: Any = None
-        if module is not None and tape is not None:
-            self._handle = module.register_forward_hook(self)
+    def __init__(self, tape: Tape | None = None):
+        self.tape, self.batches, self.passes, self.judged = tape, 0, 0, 0
+        self.said, self.beside, self.labelled = False, False, False  # warnings
+        self.history: dict[tuple[str, int], deque[Shares]] = {}
+        self.fresh: list[tuple[str, int]] = []
+        self.labels = Labels()
+        if tape is not None:
+            tape.before_pass.append(self.before)
+            tape.after_pass.append(self.after)
             tape.after_backward.append(self.judge)
             _CHECKS[tape] = weakref.ref(self)
 
     def __reduce__(self) -> Any:
         return LossCheck, ()  # copies of the model are not watched
 
-    def close(self) -> None:
-        """Takes the forward hook away."""
-        if self._handle is not None:
-            self._handle.remove()
-
     # -- forward -------------------------------------------------------------------------------------------------------
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The forward hook."""
-        tape = self.tape
-        if tape is None or not tape.groups or not tape.enabled or not torch.is_grad_enabled():
-            return
-        self.forwards += 1
-        if self.forwards > FIRST and self.forwards % THEN:
-            return
-        size = tape.groups[-1].batch_size
-        if size == 0 or torch._C._current_graph_task_id() != -1:  # activation checkpointing of the whole model
-            return
-        outputs = list(named_tensors(output).values())
-        for x in (*outputs, *_kept(module)):
-            self._mark(x, size)
-        for k, x in enumerate(outputs):
-            if _in_a_graph(x):
-                self._read(k, x, size, self._batch_dim(x))
+    @property
+    def compares(self) -> bool:
+        """Whether the loss of this batch is looked at before its backward."""
+        return self.batches <= FIRST or self.batches % RARELY == 0
+
+    def before(self, path: str, args: Any, kwargs: Any) -> None:
+        """Called before a forward: of the model, or of a part that a training calls by itself.
+
+        Raises:
+            SamplesInfluenceEachOther: what it is given was made of several samples' outputs of another.
+        """
+        window().pause()  # what the model computes is none of the loss's
+        self.passes += 1
+        if self.passes == 1 or self.passes % THEN == 0:  # outputs that are never sent back make no batch of their own
+            self.batches += 1
+        if self.compares:
+            compare_inputs(path, tensors_in((args, kwargs)), self.judged)
+        window().renew()
+
+    def after(self, path: str, module: nn.Module, output: Any, size: int) -> None:
+        """Called after a forward on ``size`` samples."""
+        if self.batches <= FIRST or self.batches % THEN == 0:
+            outputs = list(named_tensors(output).values())
+            for x in (*outputs, *_kept(module)):
+                self._mark(x, size)
+            for k, x in enumerate(outputs):
+                if in_a_graph(x):
+                    self._read((path, k), x, size, self._batch_dim(x))
+        window().open()
 
     def _batch_dim(self, x: Tensor) -> int:
         return 0 if x.dim() < 2 or (self.tape is not None and self.tape.batch_first) else 1
 
     def _mark(self, x: Tensor, size: int) -> None:
-        """Leaves word in the graph, where what the loss compares can be found again."""
+        """Leaves word in the graph, where it can be found again."""
         first = self._batch_dim(x)
         dims = [d for d in (first, 1 - first) if d < x.dim() and x.shape[d] == size]
-        if dims and _in_a_graph(x):
-            node: Any = x.grad_fn
-            node.metadata.setdefault(_MARK, {})[x.output_nr] = mark = Mark(self, size, dims, x.numel())
-            if self.forwards <= FIRST or self.forwards % RARELY == 0:
+        if dims and in_a_graph(x):
+            mark = Mark(self, size, dims, x.numel())
+            mark.leave(x)
+            if self.compares:
                 loss_roots.wait(mark, compare)
+                mark.number = window().give(mark, x, size, dims)
 
-    def _read(self, k: int, x: Tensor, size: int, batch_dim: int) -> None:
-        """Has the gradient of output ``k`` read when it comes."""
+    def _read(self, k: tuple[str, int], x: Tensor, size: int, batch_dim: int) -> None:
+        """Has the gradient of output ``k`` of a forward read when it comes."""
         if x.dim() < 2 or x.shape[batch_dim] != size:
             return
         views = [lambda t: t.movedim(batch_dim, 0)]
@@ -173,11 +154,12 @@ class LossCheck:
         Raises:
             SamplesInfluenceEachOther: with proof that the loss is normalised over the batch, or of another reduction.
         """
-        fresh, self.fresh = self.fresh, []
+        fresh, self.fresh, self.passes = self.fresh, [], 0
         for k in set(fresh):
             assert self.tape is not None
             history, said = list(self.history[k]), self.tape.loss_reduction
-            name = "the model's output" if k == 0 else f"the model's output {k}"
+            name = f"the output of {k[0]}" if k[0] else "the model's output"
+            name += f" {k[1]}" if k[1] else ""
             if depends_on_neighbours(history, said):
                 last = next(s for s in reversed(history) if not s.even)
                 low, high = float(last.weights.min()), float(last.weights.max())
@@ -195,30 +177,17 @@ class LossCheck:
             SamplesInfluenceEachOther: an entry that depends on another sample's outputs.
         """
         size = len(loss)
-        marked = [(edge, mark.dims) for edge, mark in _marked([loss]) if mark.size == size]
-        if size < 2 or not marked:
+        found = [(edge, mark.dims) for edge, mark in marked([loss]) if mark.size == size]
+        if size < 2 or not found:
             return
-        bit = self.forwards % (size - 1).bit_length()  # halves that in time part every two samples
+        bit = self.batches % (size - 1).bit_length()  # halves that in time part every two samples
         half = (torch.arange(size, device=loss.device) >> bit) % 2 == 0
-        with _judging([self]):
+        with judging([self]):
             for own in (half, ~half):
-                for edge, where in marked:
+                for edge, where in found:
                     other = _reached(loss[own].sum(), edge, where, ~own)
                     if other is not None:
                         raise SamplesInfluenceEachOther(_naming(loss, edge, where, own, other))
-
-
-@contextmanager
-def _judging(checks: Sequence[LossCheck]) -> Iterator[None]:
-    """What is differentiated inside is no backward of a training: nothing is captured, and no weights are read."""
-    tapes = [check.tape for check in checks if check.tape is not None]
-    try:
-        for tape in tapes:
-            tape.judging = True
-        yield
-    finally:
-        for tape in tapes:
-            tape.judging = False
 
 
 def check_entries(params: Sequence[nn.Parameter], loss: Tensor) -> None:
@@ -229,77 +198,12 @@ def check_entries(params: Sequence[nn.Parameter], loss: Tensor) -> None:
         check.entries(loss)
 
 
-def _in_a_graph(x: Tensor) -> bool:
-    return x.is_floating_point() and x.requires_grad and x.grad_fn is not None and x.numel() > 0
-
-
 def _kept(model: nn.Module) -> list[Tensor]:
     """What a forward left on the model's modules, from which a loss can be made as from its output."""
     own = nn.Module().__dict__.keys()
     kept = [v for m in model.modules() for name, v in m.__dict__.items() if name not in own]
     found = tensors_in([v for v in kept if isinstance(v, Tensor | list | tuple | dict)])
     return [x for x in found if type(x) is Tensor]  # what is made of parameters alone is no sample's
-
-
-def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
-    """Asked before a backward that begins with ``roots``: whether they are the samples' own losses.
-
-    Raises:
-        SamplesInfluenceEachOther: a loss that compares samples.
-    """
-    if not all(isinstance(root, Tensor) for root in roots):
-        return
-    marked = _marked(roots)
-    if not again:
-        for _, mark in marked:
-            loss_roots.done(mark)
-    checks = list(dict.fromkeys(check for check in (mark.check() for _, mark in marked) if check is not None))
-    if not checks or sum(mark.entries for _, mark in marked) > MOST_ENTRIES:
-        return
-    # At first by as many halves as part every two samples, later by one at a time.
-    judged = max(check.judged for check in checks)
-    edges, sizes = [edge for edge, _ in marked], [mark.size for _, mark in marked]
-    for check in checks:
-        check.judged = judged + 1
-    try:
-        # Where the batch may lie in either dimension, one of them in which samples are apart is enough.
-        with _judging(checks):
-            ways = sorted({tuple(mark.dims[at] for _, mark in marked) for at in (0, -1)})
-            found = [influence(roots, grads, Outputs(edges, sizes, dims), judged or None) for dims in ways]
-            _look_beside(checks, informed(roots, grads, Outputs(edges, sizes, ways[0])))
-    except NotJudged as error:
-        found = []
-        if not any(check.said for check in checks):
-            warnings.warn(UNJUDGED.format(error=error), stacklevel=4)
-        for check in checks:
-            check.said = True
-    if found and all(found):
-        raise SamplesInfluenceEachOther(COMPARES.format(how=found[0]))
-
-
-def _look_beside(checks: Sequence[LossCheck], leaves: Sequence[Tensor]) -> None:
-    """Says, once, which of the ``leaves`` are parameters whose gradients nobody clips."""
-    free = [p for p in leaves if isinstance(p, nn.Parameter) and ledger.tape_of(p) is None]
-    if free and not any(check.beside for check in checks):
-        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=5)
-    for check in checks:
-        check.beside = check.beside or bool(free)
-
-
-def _marked(roots: Sequence[Tensor]) -> list[tuple[GradientEdge, Mark]]:
-    """The outputs of watched forwards in the graph of ``roots``."""
-    found, seen, stack = [], set(), [root.grad_fn for root in roots]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        metadata: Any = node.metadata
-        marks = metadata.get(_MARK, {})
-        found += [(GradientEdge(node, number), mark) for number, mark in marks.items()]
-        if not marks:
-            stack += [n for n, _ in node.next_functions]
-    return found
 
 
 def _reached(value: Tensor, edge: GradientEdge, dims: list[int], others: Tensor) -> int | None:

@@ -24,6 +24,10 @@ from gsm.trial import Trial, Tried, all_given, sizes_for
 from gsm.undisturbed import attributes_restored, buffers_restored, saved_bytes, undisturbed
 
 
+class OnlyWhole(ValueError):
+    """The model runs on the batch, but not on a few of its samples."""
+
+
 def probe(
     capture: Capture,
     forward: CapturedForward,
@@ -40,7 +44,7 @@ def probe(
     Raises:
         gsm.layout.Unresolvable: if a parameter's use has no rule (the caller escalates to the subtree and tries again).
         SamplesInfluenceEachOther: if a sample's values change with its neighbours.
-        ValueError: if the model runs on this batch only.
+        OnlyWhole: if the model runs on this batch only.
     """
     trial = Trial(capture, forward, args, kwargs, size)
     try:
@@ -64,7 +68,7 @@ def probe(
             failed = trial.failed_plainly()
             if failed is None:
                 raise
-            raise ValueError(_ONLY_WHOLE.format(n=failed[0], size=size, error=repr(again))) from again
+            raise OnlyWhole(_ONLY_WHOLE.format(n=failed[0], size=size, error=repr(again))) from again
 
 
 _ONLY_WHOLE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from gsm.compiled import warn_if_compiled
 from gsm.layers import run_sampler
 from gsm.layout import SamplesInfluenceEachOther, Unresolvable
 from gsm.plan import Entry, Plan, covers_functionally, initial_entry, joined, own_trainable
-from gsm.probe import probe
+from gsm.probe import OnlyWhole, probe
 from gsm.probe_buffers import ExtraStates, Parameters, Written, check_buffers
 from gsm.reentrant import cut_off
 from gsm.structures import tensors_in
@@ -34,6 +35,15 @@ from gsm.undisturbed import undisturbed
 OUTSIDE = (
     "it was used outside the wrapped model's forward (in the loss, say), so that share of its per-sample gradient is "
     "unknown. Compute it inside the model's forward, or freeze the parameter."
+)
+
+PART = (
+    "{path} was called by itself, but its parameters' gradients can only be taken apart by sample with the module "
+    "above it as a whole: call that one, or the model."
+)
+UNPROBED = (
+    "{path} was called by itself and could not be run on a few samples alone, so whether samples influence each other "
+    "in it is not known: {error}"
 )
 
 
@@ -141,14 +151,18 @@ class CapturePlan:
         for p in self.trainable:
             register_tape(p, self.tape)
 
-    def _whole(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> Any:
-        """A call of the model: probed before its first batch and the first of each other kind of input."""
+    def _whole(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> Any:
+        """A call of the model or of a part: probed before its first batch and the first of each other kind of input."""
         self.refresh()
         while True:
             try:
-                new = self._know(args, kwargs, size)
+                here = self._again(forward)
+                if here is None:
+                    return forward.original(*args, **kwargs)
+                forward = here
+                new = self._know(forward, args, kwargs, size)
                 marks = self.written.marks() if self.strict else []
-                out = self.capture.run_pass(self.capture.forwards[""], args, kwargs, size)
+                out = self.capture.run_pass(forward, args, kwargs, size)
                 if self.strict:
                     self.written.compare(marks, looked_at=new)
                 if new:
@@ -157,26 +171,47 @@ class CapturePlan:
             except Unresolvable as error:  # of the probe, or of a batch that took a path which the probe did not
                 self._escalate(error)
 
-    def _know(self, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:
+    def _again(self, forward: CapturedForward) -> CapturedForward | None:
+        """What stands before the same module in the present plan; None if it has nothing to train any more."""
+        here = self.capture.forwards.get(forward.path)
+        if here is not None and here.module is forward.module:
+            return here
+        if any(p.requires_grad and id(p) in self.tape.names for p in forward.module.parameters()):
+            raise Unresolvable(PART.format(path=forward.path))
+        return None
+
+    def _know(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:
         """Fills ``tape.layouts`` for this kind of input; whether it is a new one."""
-        kind = signature(args, kwargs), *(m.training for m, *_ in self.tree)
+        kind = forward.path, signature(args, kwargs), *(m.training for m, *_ in self.tree)
         new = kind not in self.probed and size > 0
+        before = self.tape.layouts if forward.path else {}  # of other parts, which checkpoints may run once more
         if new:
             warn_if_compiled(self.root)
-            root = self.capture.forwards[""]
             parameters = Parameters(self.root) if self.strict else None
             extra = ExtraStates(self.root)
-            probe(self.capture, root, args, kwargs, size, self.strict)
+            known = self._probe(forward, args, kwargs, size)
             extra.restore()
-            if parameters is not None:
+            if parameters is not None and known:
                 with undisturbed(self.root), torch.no_grad():
-                    run, written = (lambda values: root.original(*values[0], **values[1])), parameters.written()
-                    more = partial(Trial(self.capture, root, args, kwargs, size).inputs, size + 1)
+                    run, written = (lambda values: forward.original(*values[0], **values[1])), parameters.written()
+                    more = partial(Trial(self.capture, forward, args, kwargs, size).inputs, size + 1)
                     extra.check(run, (args, kwargs), more)
                     check_buffers(self.root, run, (args, kwargs), written, more)
             self.probed[kind] = self.tape.layouts
-        self.tape.layouts = self.probed.get(kind, {})
+        self.tape.layouts = {**before, **self.probed.get(kind, {})}
         return new
+
+    def _probe(self, forward: CapturedForward, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> bool:
+        """Fills ``tape.layouts``; False if a part of the model runs on this batch only, as with what another left."""
+        try:
+            probe(self.capture, forward, args, kwargs, size, self.strict)
+        except OnlyWhole as error:
+            if not forward.path:
+                raise
+            warnings.warn(UNPROBED.format(path=forward.path, error=error), stacklevel=2)
+            self.tape.layouts = {}
+            return False
+        return True
 
     def _escalate(self, error: Unresolvable) -> None:
         """Hands the module that owns the parameter to the next rung, or the module above it."""

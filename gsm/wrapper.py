@@ -112,7 +112,7 @@ class GradSampleModule(AbstractGradSampleModule):
         )
         self._captured = prepare(self._module, tape, mode=self.mode, strict=self.strict)
         tape.after_backward.append(self._after_backward)
-        self._losses = LossCheck(self._module, tape) if self.strict else LossCheck()
+        self._losses = LossCheck(tape) if self.strict else LossCheck()
         for p in tape.params:
             register_tape(p, tape)
         self.hooks_enabled = True
@@ -121,7 +121,6 @@ class GradSampleModule(AbstractGradSampleModule):
         """Takes the capture away; the model is exactly as before it was wrapped."""
         if self._captured is not None:
             self._captured.close()
-            self._losses.close()
             for p in self._captured.tape.params:
                 forget_tape(p, self._captured.tape)
             self._captured = None
@@ -326,5 +325,3 @@ def _strip(model: nn.Module) -> None:
         if isinstance(forward, CapturedForward):
             forward.module = module
             forward.remove()
-        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, LossCheck)]:
-            del module._forward_hooks[key]

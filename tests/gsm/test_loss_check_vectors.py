@@ -81,7 +81,7 @@ def test_the_check_of_entries_is_no_backward_of_its_own():
         x, y = one_label(size, torch.Generator().manual_seed(size))
         optimizer.step(loss=F.cross_entropy(model(x), y, reduction="none"))
         optimizer.zero_grad()
-        assert len(model._losses.history[0]) == step and model._losses.history[0][-1].even
+        assert len(model._losses.history["", 0]) == step and model._losses.history["", 0][-1].even
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 16])

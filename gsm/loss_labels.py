@@ -1,0 +1,137 @@
+"""Which of the tensors that a loss is made of go with the samples, as labels do? Nobody says so.
+
+A tensor from outside is taken for labels if its rows go with the samples in every batch recorded so far, of several
+sizes, and if it changes. Where records are not rows (concatenated targets, positions in the batch as indices), none is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gsm.recording import Program
+
+RECORDED = 8
+"""Batches whose tensors are compared with each other."""
+SURE = 4
+"""Batches after which the size of a tensor may be believed to follow that of the batch if neither ever changes."""
+_PEEK = 1024  # entries of a tensor that tell whether it has changed
+_INDEXING = ("index", "index_put", "index_put_", "take", "embedding")
+_INDEXING_ALONG = (
+    "index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_"
+)
+_MASKS = ("nonzero", "ne", "eq", "ge", "gt", "le", "lt")  # what they say moves with the samples
+
+
+@dataclass(frozen=True)
+class Along:
+    """How a tensor goes with the samples: along ``dim``, of a first dimension parted in two if ``flat``."""
+
+    dim: int
+    flat: bool
+
+    @staticmethod
+    def of(shape: Sequence[int], size: int, dim: int) -> Along | None:
+        """That of a tensor in a batch of ``size`` samples, where the output's lie along ``dim``; None: it has none."""
+        along = [d for d in (dim, 1 - dim) if d < len(shape) and shape[d] == size]
+        if along[:1] == [dim]:
+            return Along(dim, False)
+        if shape and shape[0] > size and shape[0] % size == 0:
+            return Along(dim, True)
+        return Along(along[0], False) if along else None
+
+    @staticmethod
+    def all(shape: Sequence[int], size: int) -> list[Along]:
+        """All ways in which it may."""
+        found = [Along(d, False) for d in (0, 1) if d < len(shape) and shape[d] == size]
+        flat = shape and shape[0] > size and shape[0] % size == 0
+        return found or ([Along(0, True), Along(1, True)] if flat else [])
+
+    def take(self, x: Tensor, source: Tensor, size: int) -> Tensor:
+        """The rows ``source`` of ``x``, which has those of ``size`` samples."""
+        source = source.to(x.device)
+        if not self.flat:
+            return x.index_select(self.dim, source)
+        parts = (size, -1) if self.dim == 0 else (-1, size)
+        return x.unflatten(0, parts).index_select(self.dim, source).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    size: int
+    shape: tuple[int, ...]
+    peek: Tensor
+
+
+class Labels:
+    """Tells, over several batches, which tensors from outside go with the samples."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Any, deque[_Seen]] = {}
+
+    def look(self, program: Program, outputs: Sequence[int], size: int) -> list[tuple[int, deque[_Seen]]]:
+        """Remembers the tensors of one batch; returns their numbers, each with what was seen in its place."""
+        place = hash(tuple(str(op.call) for op in program.operations))
+        found = []
+        for k, (number, x) in enumerate(sorted(program.given.items())):
+            if number in outputs or x.dim() == 0:
+                continue
+            past = self.seen.setdefault((place, k), deque(maxlen=RECORDED))
+            past.append(_Seen(size, tuple(x.shape), x.flatten()[:_PEEK].clone()))
+            found.append((number, past))
+        return found
+
+    @staticmethod
+    def choose(seen: Sequence[tuple[int, Sequence[_Seen]]], dim: int) -> dict[int, Along]:
+        """The layouts of those that go with the samples; of none, where records are not rows."""
+        found = {}
+        for number, past in seen:
+            if not any(_differ(past[-1].peek, p.peek) for p in past):
+                continue
+            layouts = {Along.of(p.shape, p.size, dim) for p in past}
+            (layout, *more) = layouts
+            if layout is None or more:
+                if len({p.shape[0] for p in past}) > 1:
+                    return {}
+                continue
+            sizes = {(p.size, p.shape[0] if layout.flat else p.shape[layout.dim]) for p in past}
+            if len({rows for _, rows in sizes}) == len({size for size, _ in sizes}) == 1:
+                if len(past) < SURE:
+                    continue
+            elif len({rows for _, rows in sizes}) == 1:
+                continue  # the batch's size varies, but not this one's
+            found[number] = layout
+        return found
+
+
+def are_positions(program: Program, outputs: Sequence[int], labels: dict[int, Along]) -> bool:
+    """Whether labels say where in the batch something is: such numbers do not mean the same in another place."""
+    made = set(outputs)
+    said = {n for n in labels if not (program.given[n].is_floating_point() or program.given[n].dtype is torch.bool)}
+    for op in program.operations:
+        name = op.call.__name__.partition(".")[0]
+        source = op.args[0].number if op.args and hasattr(op.args[0], "number") else None
+        along = name in _INDEXING_ALONG and len(op.args) > 1 and op.args[1] == 0
+        if (name in _INDEXING or along) and source in made and any(i in said for i in _index(op, name)):
+            return True
+        reads = {r.number for r in op.reads}
+        made.update(op.results if reads & made else ())
+        said.update(op.results if reads & said and name not in _MASKS else ())
+    return False
+
+
+def _index(op: Any, name: str) -> list[int]:
+    if name in _INDEXING[:3]:
+        first = op.args[1][0]
+        return [] if first is None else [first.number]
+    return [r.number for r in op.reads[1:]]
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    shared = min(len(a), len(b))
+    return a is not b and not torch.equal(a[:shared], b[:shared])
