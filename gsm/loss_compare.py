@@ -166,7 +166,7 @@ def _look_beside(checks: Sequence[LossCheck], leaves: Sequence[Tensor]) -> None:
     """Says, once, which of the ``leaves`` are parameters whose gradients nobody clips."""
     free = [p for p in leaves if isinstance(p, nn.Parameter) and ledger.tape_of(p) is None]
     if free and not any(check.beside for check in checks):
-        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=5)
+        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=6)
     for check in checks:
         check.beside = check.beside or bool(free)
 

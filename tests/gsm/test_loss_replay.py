@@ -302,3 +302,25 @@ def test_nothing_is_said_of_ordinary_training_and_nothing_is_left_on():
     model(x)  # never sent back: recorded until the next
     F.cross_entropy(model(x), y).backward()
     assert not _get_current_dispatch_mode_stack()
+
+
+def test_losses_that_other_ranks_have_a_part_in_are_not_computed_again(monkeypatch):
+    """The others would not come along: the training would hang."""
+    from torch.distributed import HashStore, all_reduce, destroy_process_group, init_process_group
+
+    from gsm.recording import Program
+
+    runs, run = [], Program.run
+    monkeypatch.setattr(Program, "run", lambda self, others: runs.append(self) or run(self, others))
+    init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+
+        def scaled(z, y):
+            total = torch.ones(())
+            all_reduce(total)
+            return F.cross_entropy(z, y) / total
+
+        assert train(scaled) is None and not runs
+    finally:
+        destroy_process_group()
+    assert train(F.cross_entropy) is None and runs

@@ -248,3 +248,14 @@ def test_made_private():
             variational(model, x, y).backward()
             optimizer.step()
     assert optimizer.releases == len(loader)
+
+
+def test_a_part_that_turns_out_to_be_of_a_whole_is_an_error():
+    """The plan may change while a part runs for the first time."""
+    model = GradSampleModule(Autoencoder(Block()), mode="hooks")
+    plan = model._captured
+    part = plan.capture.forwards["encoder.first"]
+    plan.subtrees["encoder"] = "functorch"
+    plan._rebuild()
+    with pytest.raises(RuntimeError, match=r"encoder\.first was called by itself, but .* call that one, or the model"):
+        part(torch.randn(5, 6))
