@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 MOST_ENTRIES = 1 << 24
 """Entries of a loss's outputs beyond which it is not differentiated twice, which takes several times their memory."""
+Marked = Sequence[tuple[GradientEdge, Mark]]
 
 COMPARES = (
     "the loss compares samples: {how}. Contrastive losses (in-batch negatives), rankings, the batch's hardest samples, "
@@ -100,12 +101,10 @@ def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
         return
     judged = max(check.judged for check in checks)
     digit = judged or None  # at first by as many halves as part every two samples, later by one at a time
-    # Derivatives with respect to what fed other parts of the model would lead through these.
-    last = [(edge, mark) for edge, mark in found if not mark.feeds]
     for check in checks:
         check.judged = judged + 1
     with judging(checks):
-        once = _differentiated(checks, roots, grads, _ways(last), digit) if last else None
+        once = _differentiated(checks, roots, grads, found, digit)
         told = _replaced(checks, roots, grads, found, digit)
     if once is not None and not told and not any(check.said for check in checks):
         warnings.warn(UNJUDGED.format(error=once), stacklevel=4)
@@ -113,16 +112,24 @@ def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
             check.said = True
 
 
-def _ways(found: Sequence[tuple[GradientEdge, Mark]]) -> list[Outputs]:
+def _ways(found: Marked, others: Marked = ()) -> list[Outputs]:
     """How the samples may lie: where it may be either dimension, one of them in which they are apart is enough."""
     edges, sizes = [edge for edge, _ in found], [mark.size for _, mark in found]
-    return [Outputs(edges, sizes, dims) for dims in sorted({tuple(m.dims[at] for _, m in found) for at in (0, -1)})]
+    ways = sorted({tuple(m.dims[at] for _, m in found) for at in (0, -1)})
+    return [Outputs(edges, sizes, dims, [edge for edge, _ in others]) for dims in ways]
 
 
 def _differentiated(
-    checks: Sequence[LossCheck], roots: Sequence[Any], grads: Sequence[Any], ways: Sequence[Outputs], digit: int | None
+    checks: Sequence[LossCheck], roots: Sequence[Any], grads: Sequence[Any], marks: Marked, digit: int | None
 ) -> NotJudged | None:
-    """Refuses a loss whose second derivatives show that it compares samples; returns why it has none."""
+    """Refuses a loss whose second derivatives show that it compares samples; returns why it has none.
+
+    Those with respect to outputs that fed other parts of the model would lead through these parts: they are left out.
+    """
+    last = [(edge, mark) for edge, mark in marks if not mark.feeds]
+    if not last:
+        return None
+    ways = _ways(last, marks)
     try:
         found = [influence(roots, grads, outputs, digit) for outputs in ways]
         _look_beside(checks, informed(roots, grads, ways[0]))
@@ -137,7 +144,7 @@ def _replaced(
     checks: Sequence[LossCheck],
     roots: Sequence[Any],
     grads: Sequence[Any],
-    outputs: Sequence[tuple[GradientEdge, Mark]],
+    outputs: Marked,
     digit: int | None,
 ) -> bool:
     """Refuses a loss that changes for one sample when others are replaced; returns whether that could be told."""

@@ -46,10 +46,18 @@ class Outputs:
         edges: where they are in the loss's graph.
         sizes: the batch size of each.
         dims: the dimension of each along which its samples lie.
+        others: where further outputs are, with respect to which nothing is differentiated.
     """
 
-    def __init__(self, edges: Sequence[GradientEdge], sizes: Sequence[int], dims: Sequence[int]):
+    def __init__(
+        self,
+        edges: Sequence[GradientEdge],
+        sizes: Sequence[int],
+        dims: Sequence[int],
+        others: Sequence[GradientEdge] = (),
+    ):
         self.edges, self.sizes, self.dims = list(edges), list(sizes), list(dims)
+        self.ends = [*edges, *others]
 
     def halves(self, bit: int | None) -> Iterator[list[Tensor]]:
         """For each output which of its samples are in the first half: samples of one number always together.
@@ -101,7 +109,7 @@ def influence(roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: 
         NotJudged: what makes the loss has no second derivatives.
     """
     directions = torch.Generator().manual_seed(0)
-    nodes = list(_between(roots, outputs.edges))
+    nodes = list(_between(roots, outputs.ends))
     once = any((found := _KINK.match(type(node).__name__)) and found["once"] for node in nodes)
     if any(_forbidden(node) for node in nodes):
         raise NotJudged("a torch.autograd.Function marked once_differentiable")
@@ -129,7 +137,7 @@ def informed(roots: Sequence[Tensor], grads: Sequence[Tensor | None], outputs: O
         roots, grads: what the backward is to begin with.
         outputs: the model's outputs in its graph.
     """
-    leaves = [node.variable for node in _between(roots, outputs.edges) if hasattr(node, "variable")]
+    leaves = [node.variable for node in _between(roots, outputs.ends) if hasattr(node, "variable")]
     found = []
     for leaf in leaves:
         with torch.enable_grad():
@@ -183,7 +191,7 @@ def chosen(
     """
     scale = max((float(_finite(g).abs().max()) for g in first if g is not None), default=0.0)
     alike: dict[Any, list[Node]] = {}
-    for node in _between(roots, outputs.edges):
+    for node in _between(roots, outputs.ends):
         if _KINK.match(name := type(node).__name__):
             alike.setdefault((name, getattr(node, "_saved_dim", None), node.next_functions), []).append(node)
     kinks = [node for nodes in alike.values() for node in nodes]

@@ -1,8 +1,8 @@
 """What is computed with some tensors, recorded operation by operation, and computed again from others.
 
 A :class:`Recording` is a mode of PyTorch's dispatcher: while it is on, every operation of its thread passes by, below
-autograd, so `detach`, `no_grad`, `.data`, masks and integers are seen as well. Whether a value was part of a graph is
-noted wherever it is used: computed again, the same paths carry gradients.
+autograd, so `detach`, `no_grad`, `.data`, masks and integers are seen as well. Computed again, the same paths carry
+gradients.
 
 Not followed: what goes through Python numbers or numpy, and compiled kernels (compiled functions run eagerly under a
 mode). A recording holds no intermediate results, only what came from outside, and ends by itself when it grows long.
@@ -10,10 +10,8 @@ mode). A recording holds no intermediate results, only what came from outside, a
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,10 +36,9 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 @dataclass(frozen=True, slots=True)
 class Ref:
-    """A recorded value where it is used: its number, and whether gradients flow through this use."""
+    """A recorded value where it is used, by its number."""
 
     number: int
-    attached: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ class Recording(TorchDispatchMode):
         self._guards: frozenset[int] = frozenset()
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._memory: list[int] = []  # for each value the first one in the same memory
-        self._owner = (os.getpid(), threading.get_ident())
+        self._process = os.getpid()
 
     # Compiled functions stay compiled: PyTorch would leave each that it meets under an ordinary mode eager for good.
 
@@ -95,7 +92,7 @@ class Recording(TorchDispatchMode):
     def start(self) -> None:
         """Records from here on, unless another mode is active: those have to be left in the order of entering."""
         if not self._entered:
-            if _get_current_dispatch_mode_stack() or self._elsewhere():
+            if _get_current_dispatch_mode_stack():
                 return
             self._entered, self._guards = True, _guards()
             self.__enter__()
@@ -104,7 +101,7 @@ class Recording(TorchDispatchMode):
     def stop(self) -> None:
         """Records no more. Where the mode cannot be left yet it stays, doing nothing, until it is stopped again."""
         self.on = False
-        if self._entered and not self._elsewhere() and _guards() <= self._guards:
+        if self._entered and _guards() <= self._guards:
             stack = _get_current_dispatch_mode_stack()
             if stack and stack[-1] is self:
                 self._entered = False
@@ -114,9 +111,6 @@ class Recording(TorchDispatchMode):
         """Forgets everything."""
         self.operations, self.given, self._memory, self.lost = [], {}, [], False
         self._numbers = WeakIdKeyDictionary()
-
-    def _elsewhere(self) -> bool:
-        return self._owner != (os.getpid(), threading.get_ident())
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +128,7 @@ class Recording(TorchDispatchMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.on or self.lost or self._elsewhere():
+        if not self.on or self.lost or self._process != os.getpid():  # a worker of a loader, forked meanwhile
             return func(*args, **kwargs)
         self.lost = len(self.operations) >= MOST_OPERATIONS or not _all_plain((args, kwargs))
         if self.lost:
@@ -158,7 +152,7 @@ class Recording(TorchDispatchMode):
 
     def _ref(self, x: Tensor) -> Ref:
         number = self._numbers.get(x)
-        return Ref(self.give(x) if number is None else number, x.requires_grad)
+        return Ref(self.give(x) if number is None else number)
 
     def _new(self, x: Tensor, made_from: Sequence[Tensor]) -> int:
         number = len(self._memory)
@@ -213,14 +207,10 @@ class Program:
         values |= {n: values[n].clone() for n in self.changed}
         for op in self.operations:
             with torch.set_grad_enabled(op.graph), _drawing(op.random):
-                args, kwargs = tree_map_only(Ref, functools.partial(_value, values), (op.args, op.kwargs))
+                args, kwargs = tree_map_only(Ref, lambda ref: values[ref.number], (op.args, op.kwargs))
                 result = op.call(*args, **kwargs)
             values.update(zip(op.results, (x for x in tree_leaves(result) if isinstance(x, Tensor)), strict=True))
         return values
-
-
-def _value(values: dict[int, Tensor], ref: Ref) -> Tensor:
-    return values[ref.number] if ref.attached else values[ref.number].detach()
 
 
 def _guards() -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -365,8 +366,14 @@ def test_a_loss_that_changes_later_is_seen_later():
     assert step == loss_check.RARELY
 
 
-def test_gradients_that_are_no_numbers():
-    """One sample's infinity hides nothing of the others."""
+@pytest.mark.parametrize("beside", [nullcontext, Profiler])
+def test_gradients_that_are_no_numbers(beside):
+    """One sample's infinity hides nothing of the others, whatever they are looked at with."""
+    with beside():
+        one_is_infinite()
+
+
+def one_is_infinite():
     model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
     z = model(torch.randn(SIZE, 6))
     bad = torch.zeros(SIZE, 3)

@@ -210,6 +210,18 @@ def test_positions_in_the_batch_are_left_alone(recwarn):
     assert not recwarn.list
 
 
+def test_weights_of_places_in_the_batch_are_no_labels(recwarn):
+    """They are the same in every batch, as far as it goes: what they add up to depends on its size only."""
+    table = torch.linspace(1, 2, 12)
+
+    def placed(size, generator):
+        x, y = batch(size, generator)
+        return x, (y, table[:size].clone())
+
+    assert train(lambda z, y: (single(z, y[0]) * y[1]).sum() / y[1].sum(), make=placed, sizes=(9, 7, 8, 6)) is None
+    assert not recwarn.list
+
+
 def test_tables_are_no_labels(recwarn):
     """A bank of as many rows as there are samples, or twice as many, that never changes, or beside the batch."""
     for rows, moves in ((9, False), (18, False), (18, True), (36, True)):

@@ -44,12 +44,17 @@ class Pictures(nn.Module):
         return self.out(self.cell(x.view(len(x), 2, 3).transpose(0, 1))[0][-1])
 
 
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
 class Autoencoder(nn.Module):
     """`encode`, `decode`, and a forward that does both."""
 
-    def __init__(self, encoder):
+    def __init__(self, encoder, middle=nn.Tanh):
         super().__init__()
-        self.encoder, self.decoder = encoder, nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6))
+        self.encoder, self.decoder = encoder, nn.Sequential(nn.Linear(4, 5), middle(), nn.Linear(5, 6))
 
     def encode(self, x):
         return self.encoder(x)
@@ -109,9 +114,9 @@ def again(model, x, y):
 RIGHT = {"variational": variational, "a part twice": twice, "in turn": again}
 
 
-def step(loss, mode="ghost", sizes=(8, 5, 7, 9), encoder=Block):
+def step(loss, mode="ghost", sizes=(8, 5, 7, 9), encoder=Block, middle=nn.Tanh):
     torch.manual_seed(0)
-    model = GradSampleModule(Autoencoder(encoder()), mode=mode)
+    model = GradSampleModule(Autoencoder(encoder(), middle), mode=mode)
     for size in sizes:
         x = torch.randn(size, 6)
         loss(model, x, (x[:, 0] > 0).long()).backward()
@@ -165,8 +170,37 @@ def test_every_pair_between_parts():
 
 
 def test_a_part_that_mixes_inside_is_refused_like_a_model():
+    """Each by itself, though what they are given is alike."""
     with pytest.raises(SamplesInfluenceEachOther, match="encoder"):
         step(between(lambda z: z), encoder=lambda: Block(centred=True))
+    with pytest.raises(SamplesInfluenceEachOther, match="decoder"):
+        step(between(lambda z: z), middle=Centred)
+
+
+def test_no_derivatives_are_taken_through_parts():
+    """That would be a second backward of the model's own."""
+    backwards = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            backwards.append(len(g))
+            return g
+
+    class Middle(nn.Module):
+        def forward(self, x):
+            return Watched.apply(x)
+
+    model = GradSampleModule(Autoencoder(Block(), Middle), mode="ghost")
+    x = torch.randn(8, 6)
+    loss = variational(model, x, None)
+    backwards.clear()
+    loss.backward()
+    assert backwards == [8]
 
 
 @pytest.mark.parametrize("name", ["of the last part", "of the first part", "detached", "by labels"])
@@ -180,7 +214,7 @@ def test_losses_of_parts_are_looked_at(name):
         if name == "of the first part":
             return plain + (z @ z.T).square().mean()
         if name == "detached":
-            return plain / z.detach().square().sum()
+            return plain / z.detach().square().sum() + z.square().mean()
         return ((out - x).square().sum(1) * (y == 0)).sum() / (y == 0).sum().clamp(min=1)
 
     with pytest.raises(SamplesInfluenceEachOther, match="compares samples|normalised over the batch"):

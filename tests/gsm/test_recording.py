@@ -91,6 +91,7 @@ def test_computed_again_it_gives_the_same_value_and_gradient(name):
     leaf, z, y = outputs()
     record, number, value = recorded(PROGRAMS[name], z, y)
     (expected,) = torch.autograd.grad(value, leaf)
+    torch.rand(3)
     state, labels = torch.get_rng_state(), y.clone()
     program = record.made([record.number(value)])
     for _ in range(2):
@@ -140,6 +141,19 @@ def test_statistics_of_a_batch_norm_are_not_updated_again():
     after = norm.running_mean.clone()
     record.made([record.number(value)]).run({number: z.detach()})
     assert torch.equal(norm.running_mean, after) and after.any()
+
+
+def test_memory_that_is_filled_where_nobody_sees_it_is_from_outside():
+    """Numbers of Python become tensors without any operation that fills them."""
+    _, z, y = outputs()
+    record, number, value = recorded(PROGRAMS["alignment"], z, y)
+    program = record.made([record.number(value)])
+    torch.use_deterministic_algorithms(True)  # fills new memory with what no program gets by chance
+    try:
+        again = program.run({number: z.detach()})[record.number(value)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(again, value.detach(), rtol=0, atol=0)
 
 
 def test_only_what_a_value_is_made_of_is_computed_again():
@@ -214,9 +228,9 @@ def test_beside_another_mode_nothing_is_recorded_and_its_end_is_its_own():
 def test_a_mode_entered_meanwhile_is_left_in_its_place():
     record = Recording()
     record.start()
-    with Profiler():
+    with Profiler() as other:
         record.stop()
-        assert _get_current_dispatch_mode_stack()[0] is record
+        assert _get_current_dispatch_mode_stack() == [record, other]
         torch.ones(2) + 1
     assert not record.operations
     torch.ones(2) + 1
@@ -258,19 +272,22 @@ def test_entered_inside_of_a_compiled_function_it_can_be_left_outside():
 
 
 def test_compiled_functions_stay_compiled():
-    """Under an ordinary mode PyTorch leaves a function eager for good."""
-    runs = []
+    """Under an ordinary mode PyTorch leaves a function eager for good; nor is it compiled once more."""
+    compiled, runs = [], []
 
     def backend(graph, inputs):
+        compiled.append(graph)
         return lambda *args: runs.append(1) or graph(*args)
 
-    function = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    first, second = (torch.compile(lambda x, k=k: x.sin() + k, backend=backend) for k in (1, 2))
+    first(torch.ones(2))
     record = Recording()
     record.start()
-    function(torch.ones(2))
+    first(torch.ones(2))
+    second(torch.ones(2))
     record.stop()
-    function(torch.ones(2))
-    assert len(runs) == 2
+    second(torch.ones(2))
+    assert len(runs) == 4 and len(compiled) == 2
 
 
 def test_another_thread_neither_records_nor_ends_it():
@@ -280,6 +297,7 @@ def test_another_thread_neither_records_nor_ends_it():
     def elsewhere():
         torch.ones(2) + 1
         record.stop()
+        record.on = True
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
