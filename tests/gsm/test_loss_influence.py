@@ -118,6 +118,13 @@ def test_losses_that_are_the_samples_own_pass(name, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("name", OWN)
+def test_so_they_do_where_nothing_can_be_recorded(name, recwarn):
+    with Profiler():
+        backward(OWN[name])
+    assert all("cdist" in str(w.message) for w in recwarn.list)
+
+
 @pytest.mark.parametrize("mode", ["hooks", "auto", "functorch", "loop"])
 def test_in_every_mode(mode):
     for name in ("contrastive", "the hardest"):
@@ -180,8 +187,14 @@ def test_two_models_whose_outputs_are_compared():
             value.backward()
 
 
-def test_outputs_of_other_numbers_of_records():
+@pytest.mark.parametrize("beside", [nullcontext, Profiler])
+def test_outputs_of_other_numbers_of_records(beside):
     """Terms of either forward pass, but none of both."""
+    with beside():
+        forwards_of_two_sizes()
+
+
+def forwards_of_two_sizes():
     for joined in (False, True):
         model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
         few, many = model(torch.randn(4, 6)), model(torch.randn(7, 6))
