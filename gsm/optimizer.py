@@ -159,14 +159,14 @@ class DPOptimizer(OptimizerInterface):
                 return  # everything came through virtual_step
             raise ValueError(NO_BACKWARD)
         if len(batches) > 1:
-            self._warn_once(ACCUMULATED.format(n=len(batches)))
+            self.warn_once(ACCUMULATED.format(n=len(batches)))
         tape = ledger.tape_of(params[0])
-        more_rows = self._more_rows(batches, None if tape is None else tape.more_rows)
+        more_rows = self._watch.more_rows(batches, None if tape is None else tape.more_rows)
         if more_rows and not isinstance(self.clipping, UserClipping):
-            self._warn_once(MORE_ROWS.format(rows=more_rows[0], records=more_rows[1]))
+            self.warn_once(MORE_ROWS.format(rows=more_rows[0], records=more_rows[1]))
         with torch.no_grad():
             clipped = [self.clipping.clip(batch) for batch in batches]
-        self._compare_users(tape.records if tape is not None else 0, len(clipped[-1].groups))
+        self._watch.compare_users(self, tape.records if tape is not None else 0, len(clipped[-1].groups))
         if isinstance(self.sampler, Passes):
             self._pending.enter(self.sampler.under_way)
         self._pending.check(clipped[0])
@@ -177,7 +177,7 @@ class DPOptimizer(OptimizerInterface):
             self._pending.add(batch.params, total, each)
             self._pending.joins = False
         if self._pending.samples > max(1, len(batches)) and (self.independent_batches or self.sampler is not None):
-            self._warn_once(OVERLAPPING)
+            self.warn_once(OVERLAPPING)
         self._iterations = len(batches)
         for p, pending in self._pending.sums.items():
             p.summed_grad = pending  # type: ignore[attr-defined]
@@ -272,7 +272,7 @@ class DPOptimizer(OptimizerInterface):
         self._is_last_step_skipped = False
         check_reduction(self.loss_reduction, self.expected_batch_size)
         self.clipping.validate(self.noise_multiplier, self.expected_batch_size, len(self.params))
-        self._check_drawn()
+        self._watch.compare(self, self._pending)
         self._charge()
         self.add_noise()
         self.releases += 1
@@ -284,7 +284,7 @@ class DPOptimizer(OptimizerInterface):
     def _charge(self) -> None:
         if self.accountant is None:
             if not self.step_hooks and has_account(self.params[0]):
-                self._warn_once(UNCHARGED)
+                self.warn_once(UNCHARGED)
             return
         rate = min(1.0, checked_rate(self.accountant, self.sample_rate) * self._pending.samples)
         before = lacking(self.sampler, self.accountant)

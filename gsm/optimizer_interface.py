@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from numbers import Real
 from typing import Any, Protocol
 
@@ -13,12 +13,10 @@ import torch
 from opacus.optimizers import DPOptimizer as OpacusDPOptimizer
 from torch.utils.hooks import RemovableHandle
 
-from gsm import drawn
+from gsm.batch_watch import BatchWatch
 from gsm.clipping import Clipping
-from gsm.ledger import PerSampleGradients
 from gsm.noise import Noise
-from gsm.optimizer_checks import FEWER_ROWS, JOINED, LARGER, LOWER, MORE_RECORDS, SCALED, SHARED, UNDRAWN
-from gsm.passes import Passes
+from gsm.optimizer_checks import SCALED
 from gsm.release import PendingRelease
 
 
@@ -40,10 +38,7 @@ class OptimizerInterface(OpacusDPOptimizer):
     _accountant: Accountant | None = None
     #: A :class:`gsm.journal.Journal`: charges are on the disk before the noise is drawn. None: they are not.
     journal: Any = None
-    _sampler: Any = None
-    _unused_draws = 0
-    _seen_draws = 0
-    _rows_released = _batches_released = 0
+    _watch: BatchWatch
     sample_rate: float | None
     independent_batches: bool
     loss_reduction: str
@@ -59,83 +54,36 @@ class OptimizerInterface(OpacusDPOptimizer):
     def _init_hooks(self) -> None:
         #: How many noisy sums this object has handed to the wrapped optimizer.
         self.releases = 0
-        self.sampler = None
-        #: How many records there are, where the accountant assumes batches of a fixed share of them.
-        self.records: int | None = None
+        self._watch = BatchWatch()
         self._warned: set[str] = set()
         self.step_hooks: list[Callable[[Any], None]] = []
         self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
         self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
-        self._drawn_first = self._drawn_before = drawn.now()
 
-    def _warn_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
+        """Warns, if no message of this kind was given before."""
         kind = message[:40]  # the numbers in it may differ
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(message, stacklevel=4)
 
-    def _check_drawn(self) -> None:
-        """Compares what was released with what was drawn; batches fetched ahead of time do no harm.
+    @property
+    def sampler(self) -> Any:
+        """The sampler whose batches this optimizer is to use; it counts them in ``drawn``. None: not known."""
+        return self._watch.sampler
 
-        Raises:
-            ValueError: a batch of more than the fixed share of the records that is charged, or a smaller rate charged
-                than the loader draws with.
-        """
-        records, rows, rate = self.records, self._pending.largest, self.sample_rate
-        drawing = getattr(self.sampler, "sample_rate", 0.0)
-        if not isinstance(rate, Real) or rate < 0:
-            rate = 1.0  # nothing can be charged, which is said there
-        if self.accountant is not None and rate < drawing * (1 - 1e-9):
-            raise ValueError(LOWER.format(rate=rate, drawn=drawing))
-        if records is not None and rows > rate * records * (1 + 1e-9):
-            raise ValueError(LARGER.format(rows=rows, records=records, rate=rate, share=rows / records))
-        if self.sampler is None and not self.independent_batches:
-            self._compare_parts()
-        if self.sampler is None or not getattr(self.sampler, "counted", True):
-            return
-        self._unused_draws += self.sampler.drawn - self._seen_draws - self._pending.samples
-        self._seen_draws = self.sampler.drawn
-        if self._unused_draws < 0:
-            self._unused_draws = 0
-            self._warn_once(UNDRAWN)
-        since, self._drawn_before = drawn.sizes_since(self._drawn_before), drawn.now()
-        # Something may have fetched ahead: then what is released was drawn a little earlier.
-        if (
-            self._pending.samples == 1
-            and 0 < rows < min(since, default=0)
-            and rows not in drawn.sizes_since(max(drawn.now() - 8, self._drawn_first))
-        ):
-            self._warn_once(FEWER_ROWS.format(rows=rows, records=min(since)))
+    @sampler.setter
+    def sampler(self, value: Any) -> None:
+        self._watch.follow(value)
 
-    def _compare_parts(self) -> None:
-        """Says if batches hold more records than ``expected_batch_size``, where no loader is known that draws them.
+    @property
+    def records(self) -> int | None:
+        """How many records there are, where the accountant assumes batches of a fixed share of them."""
+        return self._watch.records
 
-        Parts of one size that virtual_step() joined are cut from fixed batches, which hold no more than that. Others
-        may be Poisson samples: by chance, one look in 10^9 at most says what is not so.
-        """
-        pending, expected = self._pending, self.expected_batch_size
-        if expected is None or self.loss_reduction != "mean" or pending.samples != 1:
-            return
-        self._rows_released += pending.largest
-        self._batches_released += 1
-        parts, whole = pending.parts, math.floor(expected) + 1  # it may have been rounded down
-        if len(parts) > 1 and pending.by_hand:
-            fixed = len(set(parts)) == 1 and sum(parts) > expected * (1 + 1e-9)
-            if fixed or _unlikely(sum(parts), whole):
-                self._warn_once(JOINED.format(rows=sum(parts), parts=len(parts), expected=expected))
-                return
-        rows, batches = self._rows_released, self._batches_released
-        if self.accountant is not None and _unlikely(rows, batches * whole):
-            rate = self.sample_rate
-            self._warn_once(MORE_RECORDS.format(rows=rows, batches=batches, expected=expected, rate=rate))
-
-    def _more_rows(
-        self, batches: Sequence[PerSampleGradients], of_drawn: tuple[int, int] | None
-    ) -> tuple[int, int] | None:
-        """(rows, records) of a batch with more rows than the loader's batches have records; ``of_drawn`` if drawn."""
-        most = getattr(self.sampler, "batch_size", None) if isinstance(self.sampler, Passes) else None
-        rows = max(batch.batch_size for batch in batches)
-        return (rows, most) if most is not None and rows > most else of_drawn
+    @records.setter
+    def records(self, value: int | None) -> None:
+        self._watch.records = value
 
     def begin_sample(self) -> None:
         """A batch was drawn by itself: records of an earlier one can be in it, whatever was said to join the two."""
@@ -143,22 +91,7 @@ class OptimizerInterface(OpacusDPOptimizer):
 
     def only_looked_at(self) -> None:
         """A batch that was drawn is for no release: it was asked for where no gradient is computed."""
-        self._unused_draws -= 1
-
-    def _compare_users(self, records: int, users: int) -> None:
-        """Says if users share the records of a batch, and the accountant is charged the rate of a record."""
-        rate = getattr(self.sampler, "sample_rate", None)
-        if rate is not None and 0 < users < records and (self.sample_rate or 0) <= rate < 1:
-            self._warn_once(SHARED.format(records=records, users=users, rate=rate))
-
-    @property
-    def sampler(self) -> Any:
-        """The sampler whose batches this optimizer is to use; it counts them in ``drawn``. None: not known."""
-        return self._sampler
-
-    @sampler.setter
-    def sampler(self, value: Any) -> None:
-        self._sampler, self._unused_draws, self._seen_draws = value, 0, 0
+        self._watch.only_looked_at()
 
     # -- settings ------------------------------------------------------------------------------------------------------
 
@@ -299,7 +232,7 @@ class OptimizerInterface(OpacusDPOptimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but a logical batch under way (its un-noised sum must not end up in a file)."""
-        left_out = {"_pending", "_step_skip_queue", "_released", "step", "_sampler", "journal"}
+        left_out = {"_pending", "_step_skip_queue", "_released", "step", "journal"}
         return {k: v for k, v in self.__dict__.items() if k not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -313,11 +246,6 @@ class OptimizerInterface(OpacusDPOptimizer):
             f"expected_batch_size={self.expected_batch_size}, loss_reduction={self.loss_reduction!r}, "
             f"noise={self.noise!r})\n{self.original_optimizer!r}"
         )
-
-
-def _unlikely(records: float, mean: float) -> bool:
-    """Whether Poisson samples of ``mean`` records hold so many less than once in 10^9 times (Chernoff's bound)."""
-    return records > mean and records - mean - records * math.log(records / mean) < -9 * math.log(10)
 
 
 def _register(hooks: OrderedDict[int, Any], hook: Callable[..., None]) -> RemovableHandle:

@@ -118,7 +118,7 @@ def test_workers_that_fetch_ahead_do_not_shift_the_ends_of_logical_batches():
 
 
 def test_a_batch_released_twice_is_said():
-    """Guard: ``_check_drawn``; two epochs over one drawn batch are no two Poisson samples."""
+    """Guard: ``BatchWatch.compare``; two epochs over one drawn batch are no two Poisson samples."""
     model, optimizer, loader = training()
     x, y = next(iter(loader))
     step(model, optimizer, x, y)

@@ -127,7 +127,7 @@ def test_rows_taken_for_records_are_said(rows):
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_rows_cut_off_by_number_are_said(ahead):
-    """Guard: ``FEWER_ROWS`` in ``_check_drawn``; one record more moves another one out of the batch."""
+    """Guard: ``FEWER_ROWS`` in ``BatchWatch.compare``; one record more moves another one out of the batch."""
     torch.manual_seed(2)
     model, optimizer, loader = training()
     batches = iter(loader)
@@ -164,7 +164,7 @@ def test_two_drawn_batches_in_one_are_said():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_users_that_are_drawn_record_by_record_are_said(rows):
-    """Guard: ``DPOptimizer._compare_users``; a user with ten records is drawn about ten times as often as charged."""
+    """Guard: ``BatchWatch.compare_users``; a user with ten records is drawn about ten times as often as charged."""
     model, optimizer, loader = training(clipping=UserClipping())
     x, y = (each.repeat_interleave(rows, 0) for each in next(iter(loader)))
     optimizer.clipping.set_users((torch.arange(len(x)) // rows) % 3)

@@ -147,7 +147,7 @@ def private_with(loader, accountant, **options):
 
 
 def test_the_original_loader_is_noticed():
-    """Guard: ``_check_drawn`` counts what the returned loader's sampler drew."""
+    """Guard: ``BatchWatch.compare`` counts what the returned loader's sampler drew."""
     model = mlp()
     original = DataLoader(data(), batch_size=8)
     model, optimizer, _ = make_private(model, torch.optim.SGD(model.parameters(), lr=0.0), original,
