@@ -13,7 +13,6 @@ is published for free.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,17 +23,13 @@ from torch.utils.data import DataLoader
 
 import accountants
 from gsm import checkpoint, preparation, validation
-from gsm.accounts import keep_one_account
 from gsm.clipping_user import UserClipping
 from gsm.criterion import GhostCriterion
-from gsm.generators import Used
+from gsm.engine_account import EngineAccount
 from gsm.journal import Journal
-from gsm.loader import DPDataLoader
-from gsm.noise import GaussianNoise
-from gsm.passes import passes_of, unwatched
+from gsm.passes import unwatched
 from gsm.physical_batches import PhysicalBatchLoader, logical_batches
 from gsm.repeated import warn_if_repeated
-from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
 CALIBRATION = ("alphas", "eps_error", "delta_error", "epsilon_tolerance")
 
@@ -55,15 +50,9 @@ class PrivacyEngine:
     """
 
     def __init__(self, *, accountant: Any = "prv", secure_mode: bool = False) -> None:
-        self._optimizers: list[Any] = []
-        self.accountant = preparation.make_accountant(accountant)
+        self._account = EngineAccount(preparation.make_accountant(accountant))
         self.secure_mode = secure_mode
         self.secure_rng = None
-        self.dataset: Any = None
-        self._samplers: list[Any] = []
-        self._used = Used()
-        self._resumed = False
-        self.journal: Journal | None = None
         if not secure_mode:
             warnings.warn(
                 "Secure RNG turned off: sampling and noise come from seedable pseudo-random generators, good for "
@@ -74,13 +63,21 @@ class PrivacyEngine:
     @property
     def accountant(self) -> Any:
         """Who keeps the account."""
-        return self._accountant
+        return self._account.accountant
 
     @accountant.setter
     def accountant(self, value: Any) -> None:
-        if self._optimizers:
-            raise ValueError("this engine's optimizers charge the accountant they were made with: use a new engine")
-        self._accountant = value
+        self._account.accountant = value
+
+    @property
+    def dataset(self) -> Any:
+        """What the loader made private last reads."""
+        return self._account.dataset
+
+    @property
+    def journal(self) -> Journal | None:
+        """What :meth:`keep_journal` opened."""
+        return self._account.journal
 
     def make_private(
         self,
@@ -171,7 +168,7 @@ class PrivacyEngine:
         )
         if poisson_sampling:
             model.forbid_grad_accumulation()
-        self._keep_account(private, loader, sample_rate, poisson_sampling)
+        self._account.enter(private, loader, sample_rate, poisson_sampling)
         if loss is not None and grad_sample_mode == "ghost":
             return model, private, loss, returned
         return model, private, returned
@@ -228,48 +225,6 @@ class PrivacyEngine:
             **kwargs,
         )
 
-    def _keep_account(self, optimizer: Any, loader: Any, sample_rate: float, poisson_sampling: bool) -> None:
-        if self.dataset is not None and self.dataset is not loader.dataset:
-            warnings.warn(
-                "PrivacyEngine detected new dataset object. Accounting works per dataset: make a new engine for "
-                "another dataset, or ignore this if both hold the same records.",
-                stacklevel=3,
-            )
-        self.dataset = getattr(loader, "dataset", None)
-        keep_one_account(optimizer.params, self.accountant, self.dataset)
-        if isinstance(optimizer, preparation.DPOptimizer):
-            optimizer.accountant, optimizer.sample_rate = self.accountant, sample_rate
-            optimizer.of_engine = True
-            optimizer.independent_batches = poisson_sampling or preparation.draws_afresh(self.accountant, loader)
-            optimizer.sampler = passes_of(loader)
-            if getattr(self.accountant, "sampling", None) == "fixed_size":
-                optimizer.records = len(loader.dataset)
-            if isinstance(optimizer.noise, GaussianNoise):
-                optimizer.noise.used = self._used
-            optimizer.journal = self.journal
-        else:
-            optimizer.attach_step_hook(preparation.charging(self.accountant, loader, sample_rate))
-            optimizer.accountant = self.accountant
-        self._optimizers.append(optimizer)
-        sampler = getattr(loader, "batch_sampler", None)
-        if isinstance(sampler, PoissonSampler | DistributedPoissonSampler):
-            self._samplers.append(sampler)
-            sampler.used = self._used
-            if isinstance(optimizer, preparation.DPOptimizer):
-                optimizer.sampler = sampler
-                if isinstance(loader, DPDataLoader):
-                    loader.optimizer = weakref.ref(optimizer)
-        if self._resumed:
-            self._refresh_randomness(optimizer)
-
-    def _refresh_randomness(self, optimizer: Any) -> None:
-        """A seeded run that resumes must repeat neither its noise nor its batches."""
-        for sampler in self._samplers:
-            sampler.refresh()
-        for each in (*self._optimizers, optimizer):
-            if isinstance(each, preparation.DPOptimizer):
-                each.noise.refresh()
-
     def keep_journal(self, path: Any) -> None:
         """Writes every charge to ``path`` before its noise is drawn, and counts what an earlier, crashed run wrote.
 
@@ -282,24 +237,7 @@ class PrivacyEngine:
                 already, in this process or another.
             ValueError: an optimizer that does not charge by itself (several processes).
         """
-        if any(not isinstance(optimizer, preparation.DPOptimizer) for optimizer in self._optimizers):
-            raise ValueError("a journal needs gsm's own optimizer, which DistributedDataParallel does not use")
-        if self.journal is not None:
-            self.journal.close()
-        self.journal = Journal(path, self.accountant.history)
-        self._settle()
-        for optimizer in self._optimizers:
-            optimizer.journal = self.journal
-
-    def _settle(self) -> None:
-        assert self.journal is not None
-        lost = self.journal.settle(self.accountant)
-        if lost:
-            warnings.warn(
-                f"{lost} releases of an earlier run, made after its last checkpoint, are on the account now: the "
-                f"journal {self.journal.path} has them.",
-                stacklevel=3,
-            )
+        self._account.keep_journal(path)
 
     def get_epsilon(self, delta: float, **kwargs: Any) -> float:
         """Epsilon spent so far, at the given ``delta``."""
@@ -387,10 +325,7 @@ class PrivacyEngine:
             module_kwargs=module_load_dict_kwargs,
             load_kwargs=torch_load_kwargs,
         )
-        if self.journal is not None:
-            self._settle()
-        self._resumed = True
-        self._refresh_randomness(optimizer)
+        self._account.resume(optimizer)
         return state
 
 

@@ -487,7 +487,7 @@ def test_seeds_of_a_resumed_engine_are_not_used_again():
     """A model that is loaded without its optimizer: nothing but the engine can tell the new optimizer."""
     engine, seeds = PrivacyEngine(), [torch.Generator().manual_seed(6) for _ in range(2)]
     _, _, before, _ = private(engine, noise_generator=seeds[0])
-    engine._resumed = True
+    engine._account.resumed = True
     _, _, after, _ = private(engine, noise_generator=seeds[1])
     noise = [torch.zeros(4), torch.zeros(4)]
     for optimizer, total in zip((before, after), noise, strict=True):

@@ -129,7 +129,7 @@ def test_a_line_that_the_disk_takes_only_in_part_is_no_charge(tmp_path):
 
 def test_an_optimizer_that_does_not_charge_by_itself_keeps_no_journal(tmp_path):
     engine = PrivacyEngine(accountant="rdp")
-    engine._optimizers.append(nn.Linear(1, 1))  # what stands for Opacus's, under DistributedDataParallel
+    engine._account.optimizers.append(nn.Linear(1, 1))  # what stands for Opacus's, under DistributedDataParallel
     with pytest.raises(ValueError, match="a journal needs gsm's own optimizer"):
         engine.keep_journal(tmp_path / "j")
 
