@@ -8,6 +8,7 @@ what was clipped and not released is forgotten, and enters no later release.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from numbers import Integral
@@ -19,6 +20,12 @@ from torch.utils.data import DataLoader, Sampler
 
 from gsm import drawn
 from gsm.loader import loader_options
+
+IN_VAIN = (
+    "Three iterations in a row over this loader ended before a logical batch did: what they clipped was forgotten, and "
+    "nothing was released, so nothing is learned. Does the loop call next(iter(loader)) for every step? Keep one "
+    "iterator for a whole pass: each logical batch comes in several pieces."
+)
 
 
 class _Pieces(Sampler[list[int]]):
@@ -98,7 +105,7 @@ class PhysicalBatchLoader(DataLoader):
         self.logical = loader
         self._pieces = _Pieces(loader.batch_sampler, max_physical_batch_size)
         self._inner = DataLoader(loader.dataset, batch_sampler=self._pieces, **options)
-        self._pass = 0
+        self._pass = self._in_vain = 0  # iterations, and how many in a row ended before a logical batch did
 
     def __len__(self) -> int:
         """Expected number of pieces per epoch (the exact number is random under Poisson sampling)."""
@@ -112,6 +119,9 @@ class PhysicalBatchLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._pass += 1
+        self._in_vain += 1
+        if self._in_vain == 4:
+            warnings.warn(IN_VAIN, stacklevel=2)
         current = self._pass
         forget_unreleased(self.optimizer, signals=True)
         batches = iter(self._inner)
@@ -122,6 +132,8 @@ class PhysicalBatchLoader(DataLoader):
                 end = ends.popleft()
                 if torch.is_grad_enabled():  # data that is only looked at takes no step
                     self.optimizer.signal_skip_step(do_skip=not end)
+                if end or not torch.is_grad_enabled():
+                    self._in_vain = 0
                 yield batch
         except GeneratorExit:
             # Left half-way. What was told about a piece stays: a step taken for it later must not release it alone.

@@ -160,10 +160,11 @@ def _one(call: Call, params: dict[str, Tensor], leaves: list[Any], box: dict[str
     for leaf in out:
         if not isinstance(leaf, (Tensor, bool, str, type(None), torch.dtype, torch.device)):
             what = f"the number {leaf}" if isinstance(leaf, (int, float)) else f"a {type(leaf).__name__}"
+            cache = " A cache of transformers is left out by model.config.use_cache = False." if "Cache" in what else ""
             raise NotPerSample(
                 f"{type(call.module).__name__} returns {what}, and runs one sample at a time: that of the batch is not "
                 "known. Return tensors with a batch dimension (in tuples, lists, dicts or dataclasses), and make the "
-                "rest of them outside of the model.",
+                f"rest of them outside of the model.{cache}",
                 subtree=call.path,
             )
     box["leaves"] = out

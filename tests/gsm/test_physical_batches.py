@@ -1,5 +1,7 @@
 """Physical batches: one release per logical batch with exactly its records, whatever the training loop does."""
 
+import warnings
+
 import opacus.grad_sample
 import opacus.optimizers
 import pytest
@@ -231,6 +233,25 @@ def test_fixed_batches_are_cut_as_well():
 @pytest.mark.parametrize(("size", "expected"), [(4, 10), (8, 5), (16, 3), (1000, 3)])
 def test_length_is_the_expected_number_of_pieces(size, expected):
     assert len(Run(size=size).loader) == expected
+
+
+def test_steps_that_never_release_are_said_once():
+    """A new iterator for every step: only first pieces are ever seen."""
+    run = Run(size=4)
+    for k in range(6):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run.train(*next(iter(run.loader)))
+        assert any("Keep one iterator" in str(w.message) for w in said) == (k == 3)
+    run = Run(size=1000)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            run.train(*next(iter(run.loader)))  # a whole logical batch each
+        for _ in range(6):
+            with torch.no_grad():
+                next(iter(run.loader))
+    assert not any("Keep one iterator" in str(w.message) for w in said)
 
 
 def test_looks_like_the_logical_loader():

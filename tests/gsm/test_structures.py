@@ -112,6 +112,15 @@ def test_what_one_sample_at_a_time_does_not_tell_of_the_batch_is_refused(give: A
         GradSampleModule(Takes(give), mode=mode)(Batch(torch.randn(4, 3)))
 
 
+@pytest.mark.parametrize("mode", ["functorch", "loop"])
+def test_a_cache_says_how_it_is_left_out(mode: str) -> None:
+    class DynamicCache:
+        pass
+
+    with pytest.raises(NotPerSample, match=r"returns a DynamicCache, .*left out by model.config.use_cache = False"):
+        GradSampleModule(Takes(lambda y: (y, DynamicCache())), mode=mode)(Batch(torch.randn(4, 3)))
+
+
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_where_the_batch_runs_as_a_whole_anything_may_be_returned(mode: str) -> None:
     def loss(out: Any) -> Tensor:
