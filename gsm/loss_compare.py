@@ -106,6 +106,7 @@ def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
     with judging(checks):
         once = _differentiated(checks, roots, grads, found, digit)
         told = _replaced(checks, roots, grads, found, digit)
+    window().renew()
     if once is not None and not told and not any(check.said for check in checks):
         warnings.warn(UNJUDGED.format(error=once), stacklevel=4)
         for check in checks:
@@ -148,20 +149,19 @@ def _replaced(
     digit: int | None,
 ) -> bool:
     """Refuses a loss that changes for one sample when others are replaced; returns whether that could be told."""
-    found = []
-    for way in _ways(outputs):
-        replay = Replay.of(window().recording, roots, grads, way, [mark for _, mark in outputs])
-        if replay is None:
-            return False
-        found.append(judge(replay, checks[0].labels, digit))
-    first = found[0]
-    if first is None or None in found:
+    marks = [mark for _, mark in outputs]
+    replays = [Replay.of(window().recording, roots, grads, way, marks) for way in _ways(outputs)]
+    told = [replay for replay in replays if replay is not None]
+    if len(told) < len(replays):
+        return False
+    found = judge(told, checks[0].labels, digit)
+    if found is None:
         return True
-    if not first.labels:
+    if not found.labels:
         raise SamplesInfluenceEachOther(REPLACED)
-    what = LABELLED.format(shapes=", ".join(str(shape) for shape in first.shapes))
-    if first.factor is not None:
-        raise SamplesInfluenceEachOther(what + TIMES.format(factor=first.factor) + REMEDY)
+    what = LABELLED.format(shapes=", ".join(str(shape) for shape in found.shapes))
+    if found.factor is not None:
+        raise SamplesInfluenceEachOther(what + TIMES.format(factor=found.factor) + REMEDY)
     if not any(check.labelled for check in checks):
         warnings.warn(what + "changes what it sends back. " + REMEDY, stacklevel=5)
     for check in checks:

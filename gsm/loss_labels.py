@@ -20,6 +20,7 @@ RECORDED = 8
 """Batches whose tensors are compared with each other."""
 SURE = 4
 """Batches after which the size of a tensor may be believed to follow that of the batch if neither ever changes."""
+MOST_PLACES = 256
 _PEEK = 1024  # entries of a tensor that tell whether it has changed
 _INDEXING = ("index", "index_put", "index_put_", "take", "embedding")
 _INDEXING_ALONG = (
@@ -77,6 +78,8 @@ class Labels:
     def look(self, program: Program, outputs: Sequence[int], size: int) -> list[tuple[int, deque[_Seen]]]:
         """Remembers the tensors of one batch; returns their numbers, each with what was seen in its place."""
         place = hash(tuple(str(op.call) for op in program.operations))
+        while len(self.seen) > MOST_PLACES:
+            del self.seen[next(iter(self.seen))]
         found = []
         for k, (number, x) in enumerate(sorted(program.given.items())):
             if number in outputs or x.dim() == 0:

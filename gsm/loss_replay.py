@@ -133,18 +133,21 @@ class Replay:
         return factor if same else None
 
 
-def judge(replay: Replay, labels: Labels, digit: int | None) -> Found | None:
+def judge(replays: Sequence[Replay], labels: Labels, digit: int | None) -> Found | None:
     """What in a loss changes for one sample when others are replaced; None if nothing does.
 
     Args:
-        replay: its program.
+        replays: its program, in all ways in which the samples may lie: one in which they are apart is enough.
         labels: what was seen in batches before.
         digit: see :meth:`gsm.loss_influence.Outputs.halves`.
     """
-    outputs = replay.outputs
-    alike = len(set(outputs.sizes)) == 1
-    seen = labels.look(replay.program, replay.numbers, outputs.sizes[0]) if alike else []
-    chosen = labels.choose(seen, outputs.dims[0])
+    first, sizes = replays[0], replays[0].outputs.sizes
+    seen = labels.look(first.program, first.numbers, sizes[0]) if len(set(sizes)) == 1 else []
+    found = [_changes(replay, labels.choose(seen, replay.outputs.dims[0]), digit) for replay in replays]
+    return None if None in found else found[0]
+
+
+def _changes(replay: Replay, chosen: dict[int, Along], digit: int | None) -> Found | None:
     if are_positions(replay.program, replay.numbers, chosen):
         chosen = {}
     found = _first_change(replay, chosen, digit)

@@ -33,8 +33,10 @@ def test_what_the_model_computes_is_not_recorded():
 def test_it_begins_anew_with_the_next_batch():
     model, x = wrapped(), torch.randn(5, 6)
     for _ in range(3):
-        model(x).square().mean().backward()
+        loss = model(x).square().mean()
         assert len(window().outputs) == 1
+        loss.backward()
+        assert not window().outputs and not window().recording.given
         model.set_grad_sample_to_none()
 
 
@@ -53,8 +55,10 @@ def test_outputs_that_are_never_sent_back_do_not_record_for_ever(monkeypatch):
     for _ in range(12):
         kept.append(model(x).square())
     assert len(window().recording.operations) <= 5
-    model(x).square().mean().backward()
-    assert not window().recording.on and len(window().outputs) == 1
+    loss = model(x).square().mean()
+    assert window().recording.on and len(window().outputs) == 1
+    loss.backward()
+    assert not window().recording.on
 
 
 def test_each_thread_has_its_own():
