@@ -251,7 +251,8 @@ def _random(func: Any, used: Sequence[Tensor], kwargs: dict[str, Any]) -> tuple[
     if generator is None:
         device = torch.device(kwargs.get("device") or (used[0].device if used else "cpu"))
         if device.type == "cuda":
-            generator = torch.cuda.default_generators[device.index or 0]
+            index = torch.cuda.current_device() if device.index is None else device.index
+            generator = torch.cuda.default_generators[index]
         else:
             generator = torch.default_generator
     return generator, generator.get_state()
