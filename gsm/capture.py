@@ -206,6 +206,7 @@ class Capture:
             )
         if size == 0:
             return self._without_samples(forward, args, kwargs)
+        self.tape.calls += 1
         for told in self.tape.before_pass:
             told(forward.path, args, kwargs)
         out = self._run_whole(forward, args, kwargs, size)

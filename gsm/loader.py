@@ -22,13 +22,19 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from torch.utils.data.dataloader import default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from gsm import drawn
+from gsm import drawn, ledger
 from gsm.collate import CollateWithEmpty
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
 logger = logging.getLogger(__name__)
 
 POISSON_SAMPLERS = (UniformWithReplacementSampler, DistributedUniformWithReplacementSampler)
+LEFT_OUT = (
+    "{n} of the {handed} batches of this pass were run through the model and got no step. If what came out decided "
+    "that (a loss that was not finite or too large), it tells about their records which batches count, and epsilon "
+    "does not hold: take a step for every batch. Samples whose gradients are not finite are left out by the optimizer, "
+    "others are clipped. If it was decided beforehand (every tenth batch, say), nothing is wrong."
+)
 SKIPPED = (
     "{n} empty batch(es) of this epoch got no optimizer.step(): a skipped step tells that the batch was empty, and the "
     "accountant was not charged for it. Run the ordinary loop on an empty batch too (it has zero rows; its release is "
@@ -176,12 +182,15 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
         return self._watched(drawn.counted(super().__iter__(), sizes))
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Says at the end of an epoch if just the empty batches got no step: that they were empty is private."""
+        """Says at the end of an epoch if just the empty batches got no step, or some that the model has seen.
+
+        That they were empty, or what the model made of them, is private.
+        """
         optimizer = self.optimizer() if self.optimizer is not None else None
         if optimizer is None:
             yield from batches
             return
-        before, handed, empty = optimizer.releases, 0, 0
+        before, handed, empty, left_out = optimizer.releases, 0, 0, 0
         records = drawn.records()
         for batch in batches:
             count, records = drawn.records() - records, drawn.records()
@@ -190,12 +199,17 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
                 optimizer.begin_sample()
             else:
                 optimizer.only_looked_at()
+            released, seen = optimizer.releases, _calls(optimizer)
             yield batch
+            stepped = optimizer.releases > released or optimizer.accumulates
+            left_out += before < released and not stepped and _calls(optimizer) > seen
         if torch.is_grad_enabled():
             optimizer.begin_sample()  # before the last one, where something fetches ahead
         skipped = handed - (optimizer.releases - before)
         if empty and skipped == empty:
             warnings.warn(SKIPPED.format(n=empty), stacklevel=2)
+        elif 0 < left_out < optimizer.releases - before:
+            warnings.warn(LEFT_OUT.format(n=left_out, handed=handed), stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the optimizer: a copy's batches are not its."""
@@ -246,6 +260,13 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
             secure_mode=secure_mode,
             **loader_options(data_loader),
         )
+
+
+def _calls(optimizer: Any) -> int:
+    """How often the model was called so far, with gradients."""
+    params = optimizer.params
+    tape = ledger.tape_of(params[0]) if params else None
+    return 0 if tape is None else tape.calls
 
 
 def _own_collate(collate: Any) -> Any:

@@ -85,6 +85,11 @@ class OptimizerInterface(OpacusDPOptimizer):
     def records(self, value: int | None) -> None:
         self._watch.records = value
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a logical batch is under way, of which a part was clipped and summed."""
+        return self._pending.samples > 0
+
     def begin_sample(self) -> None:
         """A batch was drawn by itself: records of an earlier one can be in it, whatever was said to join the two."""
         self._pending.joins = False

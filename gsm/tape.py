@@ -77,6 +77,7 @@ class Tape:
         self.trusts_samplers = False  # users' samplers are compared with autograd before the first batch
         self.inside: str | None = None  # the subtree that is running as a whole, if one is
         self.judging = False  # derivatives are asked for that are no backward of a training
+        self.calls = 0  # forwards from outside so far
         # Told of forwards from outside (path, args, kwargs; path, module, output, batch size), and of backwards.
         self.before_pass: list[Callable[[str, Any, Any], None]] = []
         self.after_pass: list[Callable[[str, nn.Module, Any, int], None]] = []

@@ -1,9 +1,11 @@
 """Class 5: sampling that is not what was accounted."""
 
+import warnings
 from fractions import Fraction
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader, RandomSampler, Sampler, Subset, WeightedRandomSampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -76,6 +78,49 @@ def test_skipped_empty_batches_are_said():
         for x, y in loader:
             if len(x):
                 step(model, optimizer, x, y)
+
+
+LOOPS = {  # which batches get no step, and whether that is said
+    "a few, by their loss": (lambda k, loss: loss > 1.3, True),
+    "none": (lambda k, loss: False, False),
+    "the first ones, to go on where one was": (lambda k, loss: k < 4, False),
+    "four of five": (lambda k, loss: k % 5, False),
+    "all": (lambda k, loss: True, False),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_batches_left_out_for_what_the_model_makes_of_them_are_said(name):
+    """Guard: ``DPDataLoader._watched``; which batches count would tell about the records in them."""
+    leaves_out, said = LOOPS[name]
+    model, optimizer, loader = training(batch_size=2)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for k, (x, y) in enumerate(loader):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y) if len(x) else model(x).sum()
+            if leaves_out(k, float(loss)):
+                continue
+            loss.backward()
+            optimizer.step()
+    assert any("batches of this pass were run through the model" in str(w.message) for w in found) == said
+
+
+def test_batches_left_out_without_the_model_are_nobodys_business(recwarn):
+    """Every tenth batch is put aside before anything is computed; a pass ends early."""
+    model, optimizer, loader = training(batch_size=4)
+    recwarn.clear()
+    for k, (x, y) in enumerate(loader):
+        if k % 10 == 3:
+            continue
+        step(model, optimizer, x, y)
+    for k, (x, y) in enumerate(loader):
+        step(model, optimizer, x, y)
+        model(x)
+        if k == 5:
+            model(x)
+            break
+    assert not [w for w in recwarn.list if "run through the model" in str(w.message)]
 
 
 def test_made_up_records_for_empty_batches_are_refused():
