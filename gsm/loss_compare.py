@@ -108,7 +108,7 @@ def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
         told = _replaced(checks, roots, grads, found, digit)
     window().renew()
     if once is not None and not told and not any(check.said for check in checks):
-        warnings.warn(UNJUDGED.format(error=once), stacklevel=4)
+        warnings.warn(UNJUDGED.format(error=once), stacklevel=5)
         for check in checks:
             check.said = True
 
@@ -163,7 +163,7 @@ def _replaced(
     if found.factor is not None:
         raise SamplesInfluenceEachOther(what + TIMES.format(factor=found.factor) + REMEDY)
     if not any(check.labelled for check in checks):
-        warnings.warn(what + "changes what it sends back. " + REMEDY, stacklevel=5)
+        warnings.warn(what + "changes what it sends back. " + REMEDY, stacklevel=6)
     for check in checks:
         check.labelled = True
     return True
@@ -173,7 +173,7 @@ def _look_beside(checks: Sequence[LossCheck], leaves: Sequence[Tensor]) -> None:
     """Says, once, which of the ``leaves`` are parameters whose gradients nobody clips."""
     free = [p for p in leaves if isinstance(p, nn.Parameter) and ledger.tape_of(p) is None]
     if free and not any(check.beside for check in checks):
-        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=6)
+        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=7)
     for check in checks:
         check.beside = check.beside or bool(free)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gsm.compiled import eager_runner
+
 #: What is asked: ``judge(roots, grads, again)`` with the tensors and the gradients that a backward is to begin with,
 #: and whether their graph is kept for another.
 Judge = Callable[[Sequence[Tensor], Sequence[Any], bool], None]
@@ -37,6 +39,8 @@ def done(token: Any) -> None:
 
 
 def _asking(ordinary: Callable[..., None]) -> Callable[..., None]:
+    run = eager_runner()
+
     @functools.wraps(ordinary)
     def backward(
         tensors: Any,
@@ -49,7 +53,7 @@ def _asking(ordinary: Callable[..., None]) -> Callable[..., None]:
         roots = list(tensors) if isinstance(tensors, Sequence) else [tensors]
         grads = list(grad_tensors) if isinstance(grad_tensors, Sequence) else [grad_tensors] * len(roots)
         for judge in tuple(_JUDGES) if len(_WAITING) else ():
-            judge(roots, grads, bool(retain_graph or create_graph))
+            run(judge, roots, grads, bool(retain_graph or create_graph))
         if not len(_WAITING) and torch.autograd.backward is backward:
             _JUDGES.clear()
             torch.autograd.backward = ordinary

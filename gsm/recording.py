@@ -221,7 +221,8 @@ def _guards() -> frozenset[int]:
     """
     found, frame = [], sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(_GUARDED):
+        code = frame.f_code
+        if code.co_filename.startswith(_GUARDED) and "DisableContext" not in getattr(code, "co_qualname", ""):
             found.append(id(frame))
         frame = frame.f_back  # type: ignore[assignment]
     return frozenset(found)

@@ -105,3 +105,19 @@ def test_a_training_leaves_pytorch_as_it_was():
         assert torch.autograd.backward is ORDINARY
     model(torch.randn(4, 3))  # an output that nobody uses
     gc.collect()
+
+
+def test_what_is_said_points_at_the_line_of_the_backward():
+    model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
+    y = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.0])
+    for loss in (
+        lambda z: (z * nn.Parameter(torch.ones(()))).mean(),
+        lambda z: ((z[:, 0] - y + y.mean()) ** 2).mean(),
+    ):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            for size in (5, 4, 3, 5):
+                y = torch.randn(size)
+                loss(model(torch.randn(size, 6))).backward()
+                model.set_grad_sample_to_none()
+        assert [w.filename for w in said] == [__file__]
