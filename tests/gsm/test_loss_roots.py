@@ -109,15 +109,13 @@ def test_a_training_leaves_pytorch_as_it_was():
 
 def test_what_is_said_points_at_the_line_of_the_backward():
     model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
-    y = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.0])
     for loss in (
-        lambda z: (z * nn.Parameter(torch.ones(()))).mean(),
-        lambda z: ((z[:, 0] - y + y.mean()) ** 2).mean(),
+        lambda z, y: (z * nn.Parameter(torch.ones(()))).mean(),
+        lambda z, y: ((z[:, 0] - y + y.mean()) ** 2).mean(),
     ):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for size in (5, 4, 3, 5):
-                y = torch.randn(size)
-                loss(model(torch.randn(size, 6))).backward()
+                loss(model(torch.randn(size, 6)), torch.randn(size)).backward()
                 model.set_grad_sample_to_none()
         assert [w.filename for w in said] == [__file__]
