@@ -116,6 +116,7 @@ def test_what_is_said_points_at_the_line_of_the_backward():
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for size in (5, 4, 3, 5):
-                loss(model(torch.randn(size, 6)), torch.randn(size)).backward()
+                x, y = torch.randn(size, 6), torch.randn(size)
+                loss(model(x), y).backward()
                 model.set_grad_sample_to_none()
         assert [w.filename for w in said] == [__file__]
