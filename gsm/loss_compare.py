@@ -7,7 +7,7 @@ So is what the parts of a model are given where a training calls them one by one
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -82,15 +82,21 @@ def judging(checks: Sequence[LossCheck]) -> Iterator[None]:
             tape.judging = False
 
 
-def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
+def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> Callable[[], None]:
     """Asked before a backward that begins with ``roots``: whether they are the samples' own losses.
+
+    Returns what is to be called after it: other losses may be made of outputs that still wait for theirs.
 
     Raises:
         SamplesInfluenceEachOther: a loss that compares samples.
     """
     window().pause()
-    if not all(isinstance(root, Tensor) for root in roots):
-        return
+    if all(isinstance(root, Tensor) for root in roots):
+        _compare(roots, grads, again)
+    return window().open
+
+
+def _compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
     found = marked(roots)
     if not again:
         for _, mark in found:
@@ -107,7 +113,7 @@ def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
         once = _differentiated(checks, roots, grads, found, digit)
         told = _replaced(checks, roots, grads, found, digit)
     if once is not None and not told and not any(check.said for check in checks):
-        warnings.warn(UNJUDGED.format(error=once), stacklevel=4)
+        warnings.warn(UNJUDGED.format(error=once), stacklevel=5)
         for check in checks:
             check.said = True
 
@@ -163,7 +169,7 @@ def _replaced(
     if first.factor is not None:
         raise SamplesInfluenceEachOther(what + TIMES.format(factor=first.factor) + REMEDY)
     if not any(check.labelled for check in checks):
-        warnings.warn(what + "changes what it sends back. " + REMEDY, stacklevel=5)
+        warnings.warn(what + "changes what it sends back. " + REMEDY, stacklevel=6)
     for check in checks:
         check.labelled = True
     return True
@@ -173,7 +179,7 @@ def _look_beside(checks: Sequence[LossCheck], leaves: Sequence[Tensor]) -> None:
     """Says, once, which of the ``leaves`` are parameters whose gradients nobody clips."""
     free = [p for p in leaves if isinstance(p, nn.Parameter) and ledger.tape_of(p) is None]
     if free and not any(check.beside for check in checks):
-        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=6)
+        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=7)
     for check in checks:
         check.beside = check.beside or bool(free)
 

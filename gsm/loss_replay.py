@@ -41,6 +41,7 @@ class Replay:
         roots, grads: the numbers of the values that the backward begins with, and its gradients there.
         outputs: the model's outputs in its graph.
         numbers: theirs.
+        sent: those of the gradients that were computed, too, as in ``losses.backward(weights)``.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class Replay:
         grads: Sequence[Tensor | None],
         outputs: Outputs,
         numbers: Sequence[int],
+        sent: Sequence[int | None] = (),
     ):
-        self.program, self.roots, self.grads = program, roots, grads
+        self.program, self.roots, self.grads, self.sent = program, roots, grads, sent or [None] * len(roots)
         self.outputs, self.numbers = outputs, numbers
         self.base = self.gradients({})
 
@@ -72,12 +74,13 @@ class Replay:
         numbers = [mark.number for mark in marks if mark.number is not None]
         if recording.lost or len(made) < len(roots) or len(numbers) < len(marks):
             return None
-        program = recording.made(made)
+        sent = [None if g is None else recording.number(g) for g in grads]
+        program = recording.made([*made, *(n for n in sent if n is not None)])
         last = [k for k, mark in enumerate(marks) if not mark.feeds]
         if not last or not program.repeatable or not all(n in program.given for n in numbers):
             return None
         try:
-            replay = cls(program, made, grads, outputs, numbers)
+            replay = cls(program, made, grads, outputs, numbers, sent)
             edges = [outputs.edges[k] for k in last]
             real = torch.autograd.grad(roots, edges, grads, retain_graph=True, allow_unused=True)
         except RuntimeError:  # an in-place change of what autograd needs, seen only by one of them
@@ -92,7 +95,8 @@ class Replay:
         with torch.enable_grad():
             values = self.program.run({**others, **dict(zip(self.numbers, leaves, strict=True))})
             roots = [values[r] for r in self.roots]
-            found = torch.autograd.grad(roots, leaves, list(self.grads), allow_unused=True)
+            grads = [g if n is None else values[n].detach() for g, n in zip(self.grads, self.sent, strict=True)]
+            found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
         return [torch.zeros_like(x) if g is None else _finite(g) for g, x in zip(found, leaves, strict=True)]
 
     def repeats(self) -> bool:

@@ -284,6 +284,51 @@ def test_other_losses_beside_and_a_second_backward():
         bad.backward()
 
 
+def test_losses_made_after_the_first_of_two_backwards():
+    model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
+    for second in (OWN["its own importance"], PAST_AUTOGRAD["importances"]):
+        z, y = model(torch.randn(9, 6)), torch.arange(9) % 3
+        F.cross_entropy(z, y).backward(retain_graph=True)
+        loss = second(z, y)
+        if second is OWN["its own importance"]:
+            loss.backward()
+            model.set_grad_sample_to_none()
+            model.zero_grad(set_to_none=True)
+    with pytest.raises(SamplesInfluenceEachOther, match="autograd does not follow"):
+        loss.backward()
+
+
+def test_gradients_that_a_backward_begins_with():
+    """`losses.backward(weights)`, and an output's own gradient, computed by hand."""
+    x, y = torch.randn(9, 6), torch.arange(9) % 3
+
+    def weighted(z, weights):
+        losses = (z[:, 0] - y) ** 2
+        losses.backward(weights(losses.detach()))
+
+    def by_hand(z, weights):
+        inside = z.detach().requires_grad_()
+        (g,) = torch.autograd.grad((inside[:, 0] - y).square().mean(), inside)
+        z.backward(weights(g))
+
+    for send in (weighted, by_hand):
+        for fixed in (lambda a: torch.full_like(a, 0.1), lambda a: a.tanh()):
+            send(GradSampleModule(nn.Linear(6, 3), mode="ghost")(x), fixed)
+        with pytest.raises(SamplesInfluenceEachOther, match="autograd does not follow"):
+            send(GradSampleModule(nn.Linear(6, 3), mode="ghost")(x), lambda a: a / a.norm())
+
+
+def test_a_step_is_not_recorded():
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    model, optimizer, loader = make_private(*parts(), noise_multiplier=1.0)
+    x, y = next(iter(loader))
+    F.cross_entropy(model(x), y).backward(retain_graph=True)
+    assert _get_current_dispatch_mode_stack()  # another loss may come
+    optimizer.step()
+    assert not _get_current_dispatch_mode_stack()
+
+
 def test_two_models_and_forwards_without_gradients_in_between():
     first, second = (GradSampleModule(nn.Linear(6, 3), mode="ghost") for _ in range(2))
     x = torch.randn(9, 6)
