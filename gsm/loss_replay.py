@@ -31,6 +31,8 @@ class Found:
     """By what all samples' gradients are multiplied, if they all are."""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Of the labels."""
+    sure: bool | None = False
+    """Whether they are records' for sure; None: that is still to be seen."""
 
 
 class Replay:
@@ -137,94 +139,47 @@ class Replay:
         return factor if same else None
 
 
-def judge(replay: Replay, labels: Labels, digit: int | None) -> Found | None:
+def judge(replay: Replay, window: Window, labels: Labels, digit: int | None) -> Found | None:
     """What in a loss changes for one sample when others are replaced; None if nothing does.
 
     Args:
         replay: its program.
+        window: what is known of the batch that it is made of.
         labels: what was seen in batches before.
         digit: see :meth:`gsm.loss_influence.Outputs.halves`.
     """
     outputs = replay.outputs
     alike = len(set(outputs.sizes)) == 1
     seen = labels.look(replay.program, replay.numbers, outputs.sizes[0]) if alike else []
-    chosen = labels.choose(seen, outputs.dims[0])
+    chosen = labels.choose(seen, outputs.dims[0], window.layouts(replay.program, outputs.sizes[0])) if seen else {}
     if are_positions(replay.program, replay.numbers, chosen):
         chosen = {}
-    found = _first_change(replay, chosen, digit)
+    sure: bool | None = all(n in window.batch for n in chosen)
+    sure = sure and labels.sure([past for n, past in seen if n in chosen])
+    if any(op.random is not None for op in replay.program.operations):  # as many numbers as labels say, perhaps
+        sure = sure and False
+    found = _first_change(replay, chosen, sure, digit)
     return found if found is not None and replay.repeats() else None
 
 
-def _first_change(replay: Replay, chosen: dict[int, Along], digit: int | None) -> Found | None:
-    for source in _sources(replay.outputs, digit):
-        if chosen:
-            try:
-                after = replay.changed(source, chosen)
-            except (RuntimeError, IndexError):  # sizes that depend on the labels
-                chosen, after = {}, None
-            if after is not None and replay.changed(source, {}) is None:
-                shapes = tuple(tuple(replay.program.given[n].shape) for n in chosen)
-                return Found(True, replay.factor(after, source), shapes)
-        else:
-            after = replay.changed(source, {})
+def _first_change(replay: Replay, chosen: dict[int, Along], sure: bool | None, digit: int | None) -> Found | None:
+    """Outputs first, whatever the labels are: those of other samples might be any."""
+    for source in sources(replay.outputs, digit):
+        after = replay.changed(source, {})
         if after is not None:
             return Found(False, replay.factor(after, source))
+    for source in sources(replay.outputs, digit) if chosen else ():
+        try:
+            after = replay.changed(source, chosen)
+        except (RuntimeError, IndexError):  # sizes that depend on the labels
+            return None
+        if after is not None:
+            shapes = tuple(tuple(replay.program.given[n].shape) for n in chosen)
+            return Found(True, replay.factor(after, source), shapes, sure)
     return None
 
 
-def mixed_inputs(window: Window, inputs: Sequence[Tensor], digit: int | None) -> int | None:
-    """Which of the ``inputs`` of a forward mixes samples of earlier outputs; None if none is seen to.
-
-    Args:
-        window: with what was computed since.
-        inputs: tensors.
-        digit: see :meth:`gsm.loss_influence.Outputs.halves`.
-    """
-    recording = window.recording
-    numbers = [recording.number(x) for x in inputs]
-    made = {k: n for k, n in enumerate(numbers) if n is not None and n not in recording.given}
-    if recording.lost or not made:
-        return None
-    program = recording.made(list(made.values()))
-    outputs = [(n, *window.outputs[n]) for n in program.given if n in window.outputs]
-    if len({size for _, size, _ in outputs}) != 1 or not program.repeatable:
-        return None
-    size = outputs[0][1]
-    try:
-        before = program.run({})
-        for k, n in made.items():
-            ways = [(d, along) for d in (0, -1) for along in Along.all(inputs[k].shape, size)]
-            moves = (
-                _moves(program, n, before[n], [(m, dims[d]) for m, _, dims in outputs], along, size, digit)
-                for d, along in ways
-            )
-            if ways and _alike(before[n], inputs[k]) and all(moves):
-                return k
-    except (RuntimeError, IndexError):  # sizes that depend on values
-        return None
-    return None
-
-
-def _moves(
-    program: Program,
-    number: int,
-    before: Tensor,
-    outputs: Sequence[tuple[int, int]],
-    along: Along,
-    size: int,
-    digit: int | None,
-) -> bool:
-    """Whether rows of samples that stay move when others are replaced in the ``outputs`` (numbers and dimensions)."""
-    for (source,) in _sources(Outputs([], [size], []), digit):
-        others = {n: program.given[n].index_select(dim, source.to(before.device)) for n, dim in outputs}
-        after = program.run(others)[number]
-        stay = (source == torch.arange(size)).nonzero().flatten()
-        if not _alike(along.take(after, stay, size), along.take(before, stay, size), 1, _largest(before)):
-            return True
-    return False
-
-
-def _sources(outputs: Outputs, digit: int | None) -> Iterator[list[Tensor]]:
+def sources(outputs: Outputs, digit: int | None) -> Iterator[list[Tensor]]:
     """For each output and sample, by which one it is replaced: half of them by the other half, then the other way."""
     for halves in outputs.halves(digit):
         for half in (halves, [~h for h in halves]):

@@ -132,7 +132,7 @@ class Recording(TorchDispatchMode):
             return func(*args, **kwargs)
         self.lost = len(self.operations) >= MOST_OPERATIONS or not _all_plain((args, kwargs))
         if self.lost:
-            self.operations, self.given = [], {}
+            self._give_up()
         if self.lost or func.__name__.partition(".")[0] in _UNWRITTEN:
             return func(*args, **kwargs)  # memory is from outside: what fills it may not pass by
         used = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -142,6 +142,9 @@ class Recording(TorchDispatchMode):
         random = _random(func, used, kwargs)
         result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if not _all_plain(made):  # sparse, say
+            self._give_up()
+            return result
         for x in made:
             if not any(x is w for w in written):
                 self._numbers[x] = self._new(x, used)
@@ -149,6 +152,9 @@ class Recording(TorchDispatchMode):
         writes = tuple(self._numbers[x] for x in written)
         self.operations.append(Operation(func, args_, kwargs_, numbers, torch.is_grad_enabled(), random, writes))
         return result
+
+    def _give_up(self) -> None:
+        self.lost, self.operations, self.given = True, [], {}
 
     def _ref(self, x: Tensor) -> Ref:
         number = self._numbers.get(x)
@@ -272,8 +278,12 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any
 
 def _all_plain(values: Any) -> bool:
     """Whether all tensors are ordinary ones, with memory of their own."""
-    tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
-    return all(type(x) in _PLAIN and x.layout is torch.strided and not x.is_inference() for x in tensors)
+    return all(plain(x) for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+def plain(x: Tensor) -> bool:
+    """Whether it is an ordinary tensor, with memory of its own."""
+    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_inference()
 
 
 def _storage(x: Tensor) -> int:
