@@ -94,7 +94,10 @@ def _compare(
     found = []
     for at, along in ((at, along) for at in (0, -1) for along in Along.all(x.shape, size)):
         dims = {n: dims[at] for n, (_, dims) in known.items()}
-        own, astray, both, same = _moves(program, number, before, dims, along, size, digit)
+        moves = _moves(program, number, before, dims, along, size, digit)
+        if moves is None:
+            return ""
+        own, astray, both, same = moves
         if not astray:
             found.append("own" if own else "")
         elif not first:
@@ -117,8 +120,10 @@ def _moves(
     along: Along,
     size: int,
     digit: int | None,
-) -> tuple[bool, bool, bool, bool]:
+) -> tuple[bool, bool, bool, bool] | None:
     """Whether rows move with their own samples, with others, with several; and whether all rows are among those before.
+
+    None if their number depends on the samples.
 
     Args:
         dims: of each value in which samples are replaced, their dimension.
@@ -132,7 +137,7 @@ def _moves(
             others = {n: program.given[n].index_select(d, source.to(program.given[n].device)) for n, d in dims.items()}
             after = program.run(others)[number]
             if after.shape != before.shape:
-                raise ValueError("another size")
+                return None
             rows = along.rows(after, size)
             moved.append(_differ(rows, base))
             stay = (source == torch.arange(size)).to(rows.device)
