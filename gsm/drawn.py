@@ -8,8 +8,10 @@ would let one record change the clipped sum by twice the bound, so they stay two
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
+
+from gsm.window import window
 
 T = TypeVar("T")
 _count = 0
@@ -32,17 +34,26 @@ def sizes_since(count: int) -> list[int]:
     return [size for number, size in _sizes if number > count]
 
 
-def counted(batches: Iterable[T], sizes: deque[int] | None = None) -> Iterator[T]:
+def counted(
+    batches: Iterable[T], sizes: deque[int] | None = None, wanted: Callable[[], bool] = lambda: False
+) -> Iterator[T]:
     """The same batches, each counted when it is handed out.
 
     Args:
         batches: what a loader yields.
         sizes: how many records are in each, appended by the sampler before the batch is fetched.
+        wanted: asked of each, whether what is computed with it is to be recorded.
     """
     global _count, _records
-    for batch in batches:
-        _count += 1
-        if sizes:
-            _sizes.append((_count, sizes.popleft()))
-            _records += _sizes[-1][1]
-        yield batch
+    try:
+        for batch in batches:
+            _count += 1
+            if sizes:
+                _sizes.append((_count, sizes.popleft()))
+                _records += _sizes[-1][1]
+            known = wanted() and sizes is not None and bool(_sizes) and _sizes[-1][0] == _count
+            window().load(batch, _sizes[-1][1] if known else 0)
+            yield batch
+            window().pause()  # what it takes to make the next is none of a loss's
+    finally:  # of the epoch, or left before
+        window().pause()

@@ -24,6 +24,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from gsm import drawn, ledger
 from gsm.collate import CollateWithEmpty
+from gsm.loss_check import looks_at_the_next
 from gsm.sampling import DistributedPoissonSampler, PoissonSampler
 
 logger = logging.getLogger(__name__)
@@ -179,7 +180,11 @@ class DPDataLoader(opacus.data_loader.DPDataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A new queue for each pass: workers may have fetched ahead for one that was abandoned.
         sizes = self.batch_sampler.sizes = deque(maxlen=1 << 16)  # type: ignore[union-attr]
-        return self._watched(drawn.counted(super().__iter__(), sizes))
+        return self._watched(drawn.counted(super().__iter__(), sizes, self._looked_at))
+
+    def _looked_at(self) -> bool:
+        optimizer = self.optimizer() if self.optimizer is not None else None
+        return optimizer is not None and looks_at_the_next(optimizer.params)
 
     def _watched(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Says at the end of an epoch if just the empty batches got no step, or some that the model has seen.

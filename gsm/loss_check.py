@@ -85,6 +85,11 @@ class LossCheck:
         """Whether the loss of this batch is looked at before its backward."""
         return self.batches <= FIRST or self.batches % RARELY == 0
 
+    @property
+    def soon(self) -> bool:
+        """Whether that of the next one is."""
+        return self.batches < FIRST or (self.batches + 1) % RARELY == 0
+
     def before(self, path: str, args: Any, kwargs: Any) -> None:
         """Called before a forward: of the model, or of a part that a training calls by itself.
 
@@ -188,6 +193,13 @@ class LossCheck:
                     other = _reached(loss[own].sum(), edge, where, ~own)
                     if other is not None:
                         raise SamplesInfluenceEachOther(_naming(loss, edge, where, own, other))
+
+
+def looks_at_the_next(params: Sequence[nn.Parameter]) -> bool:
+    """Whether the loss of the next batch that the model with these parameters sees will be looked at."""
+    tape = ledger.tape_of(params[0]) if params else None
+    check = _CHECKS.get(tape, lambda: None)() if tape is not None else None
+    return check is not None and check.soon
 
 
 def check_entries(params: Sequence[nn.Parameter], loss: Tensor) -> None:

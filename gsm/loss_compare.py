@@ -7,7 +7,7 @@ So is what the parts of a model are given where a training calls them one by one
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gsm import ledger, loss_roots
+from gsm.input_replay import mixed_inputs
 from gsm.layout import SamplesInfluenceEachOther
 from gsm.loss_influence import NotJudged, Outputs, influence, informed
 from gsm.loss_marks import Mark, in_a_graph, marked
-from gsm.loss_replay import Replay, judge, mixed_inputs
+from gsm.loss_replay import Replay, judge
 from gsm.window import window
 
 if TYPE_CHECKING:
@@ -44,14 +45,27 @@ REPLACED = (
 MIXED = (
     "{path} was given a tensor of shape {shape} in which a sample's row depends on the outputs of an earlier call for "
     "other samples: what was computed in between mixes samples (centring, standardising, attention or a maximum over "
-    "the batch do). What one record changes is then no longer bounded by clipping its own gradient. Compute each row "
-    "from its own sample."
+    "the batch do), or moves rows to other places (sort or shuffle the records before the first part instead). What "
+    "one record changes is then no longer bounded by clipping its own gradient. Compute each row from its own sample."
+)
+LOADED = (
+    "{path} was given a tensor of shape {shape} in which a sample's row depends on other samples of the batch: what "
+    "was computed between the loader and this forward mixes records (standardising by the batch, mixup, rows of "
+    "neighbours as negatives do). One record is then in several rows, and clipping each row's gradient no longer "
+    "bounds what that record changes. Compute each row from its own record: with constants that do not depend on the "
+    "batch, mixing within a record only."
 )
 LABELLED = (
     "the loss of one sample changes with what else is in the batch: replacing other samples' rows in tensors of shape "
     "{shapes}, which go with the samples as labels do, "
 )
 TIMES = "multiplies what it sends back for all by {factor:.3g}: it is normalised over the batch. "
+CHANGES = "changes what it sends back for those that stay. "
+BATCHED = (
+    "Weights, targets and baselines counted, standardised, ranked or shuffled over the batch do that: take constants "
+    "of the whole data set, and means within each sample first and over the samples last "
+    "(gsm.transformers.per_sample_loss does)."
+)
 REMEDY = (
     "Take the mean within each sample first and over the samples last: gsm.transformers.per_sample_loss(outputs, "
     "labels).mean(), or reduction='none', then weight, then average."
@@ -82,15 +96,21 @@ def judging(checks: Sequence[LossCheck]) -> Iterator[None]:
             tape.judging = False
 
 
-def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
+def compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> Callable[[], None]:
     """Asked before a backward that begins with ``roots``: whether they are the samples' own losses.
+
+    Returns what is to be called after it: other losses may be made of outputs that still wait for theirs.
 
     Raises:
         SamplesInfluenceEachOther: a loss that compares samples.
     """
     window().pause()
-    if not all(isinstance(root, Tensor) for root in roots):
-        return
+    if all(isinstance(root, Tensor) for root in roots):
+        _compare(roots, grads, again)
+    return window().open
+
+
+def _compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
     found = marked(roots)
     if not again:
         for _, mark in found:
@@ -154,7 +174,7 @@ def _replaced(
     told = [replay for replay in replays if replay is not None]
     if len(told) < len(replays):
         return False
-    found = judge(told, checks[0].labels, digit)
+    found = judge(told, window(), checks[0].labels, digit)
     if found is None:
         return True
     if not found.labels:
@@ -162,8 +182,12 @@ def _replaced(
     what = LABELLED.format(shapes=", ".join(str(shape) for shape in found.shapes))
     if found.factor is not None:
         raise SamplesInfluenceEachOther(what + TIMES.format(factor=found.factor) + REMEDY)
+    if found.sure is None:
+        return True
+    if found.sure:
+        raise SamplesInfluenceEachOther(what + CHANGES + BATCHED)
     if not any(check.labelled for check in checks):
-        warnings.warn(what + "changes what it sends back. " + REMEDY, stacklevel=6)
+        warnings.warn(what + CHANGES + BATCHED, stacklevel=6)
     for check in checks:
         check.labelled = True
     return True
@@ -191,6 +215,7 @@ def compare_inputs(path: str, inputs: Sequence[Tensor], judged: int) -> None:
     """
     for _, mark in marked([x for x in inputs if in_a_graph(x)]):
         mark.feeds = True
-    at = mixed_inputs(window(), inputs, judged or None)
-    if at is not None:
-        raise SamplesInfluenceEachOther(MIXED.format(path=path or "the model", shape=tuple(inputs[at].shape)))
+    found = mixed_inputs(window(), inputs, judged or None)
+    if found is not None:
+        text, shape = LOADED if found.loaded else MIXED, tuple(inputs[found.place].shape)
+        raise SamplesInfluenceEachOther(text.format(path=path or "the model", shape=shape))

@@ -7,7 +7,7 @@ sizes, and if it changes. Where records are not rows (concatenated targets, posi
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ RECORDED = 8
 SURE = 4
 """Batches after which the size of a tensor may be believed to follow that of the batch if neither ever changes."""
 MOST_PLACES = 256
+CHANCE = 3
+"""Batches in which what a loader handed out must have had as many rows as records to be called theirs."""
 _PEEK = 1024  # entries of a tensor that tell whether it has changed
 _INDEXING = ("index", "index_put", "index_put_", "take", "embedding")
 _INDEXING_ALONG = (
@@ -53,6 +55,12 @@ class Along:
         flat = shape and shape[0] > size and shape[0] % size == 0
         return found or ([Along(0, True), Along(1, True)] if flat else [])
 
+    def rows(self, x: Tensor, size: int) -> Tensor:
+        """``x`` with a row for each of ``size`` samples, ``[size, entries]``."""
+        if self.flat:
+            x = x.unflatten(0, (size, -1) if self.dim == 0 else (-1, size))
+        return x.movedim(self.dim, 0).reshape(size, -1)
+
     def take(self, x: Tensor, source: Tensor, size: int) -> Tensor:
         """The rows ``source`` of ``x``, which has those of ``size`` samples."""
         source = source.to(x.device)
@@ -63,7 +71,9 @@ class Along:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
+    """What a tensor was in one batch: the batch size, its shape, and its first entries."""
+
     size: int
     shape: tuple[int, ...]
     peek: Tensor
@@ -73,9 +83,9 @@ class Labels:
     """Tells, over several batches, which tensors from outside go with the samples."""
 
     def __init__(self) -> None:
-        self.seen: dict[Any, deque[_Seen]] = {}
+        self.seen: dict[Any, deque[Seen]] = {}
 
-    def look(self, program: Program, outputs: Sequence[int], size: int) -> list[tuple[int, deque[_Seen]]]:
+    def look(self, program: Program, outputs: Sequence[int], size: int) -> list[tuple[int, deque[Seen]]]:
         """Remembers the tensors of one batch; returns their numbers, each with what was seen in its place."""
         place = hash(tuple(str(op.call) for op in program.operations))
         while len(self.seen) > MOST_PLACES:
@@ -85,15 +95,27 @@ class Labels:
             if number in outputs or x.dim() == 0:
                 continue
             past = self.seen.setdefault((place, k), deque(maxlen=RECORDED))
-            past.append(_Seen(size, tuple(x.shape), x.flatten()[:_PEEK].clone()))
+            past.append(Seen(size, tuple(x.shape), x.flatten()[:_PEEK].clone()))
             found.append((number, past))
         return found
 
     @staticmethod
-    def choose(seen: Sequence[tuple[int, Sequence[_Seen]]], dim: int) -> dict[int, Along]:
-        """The layouts of those that go with the samples; of none, where records are not rows."""
-        found = {}
+    def choose(
+        seen: Sequence[tuple[int, Sequence[Seen]]], dim: int, known: Mapping[int, int | None] | None
+    ) -> dict[int, Along]:
+        """The layouts of those that go with the samples; of none, where records are not rows.
+
+        Args:
+            seen: from :meth:`look`.
+            dim: the dimension in which the outputs' samples lie.
+            known: that of tensors which a loader handed out, if they have one; without it, nothing may be chosen.
+        """
+        if known is None or None in known.values():
+            return {}
+        found = {n: Along(d, False) for n, d in known.items() if d is not None}
         for number, past in seen:
+            if number in found:
+                continue
             if not any(_differ(past[-1].peek, p.peek) for p in past):
                 continue
             layouts = {Along.of(p.shape, p.size, dim) for p in past}
@@ -110,6 +132,20 @@ class Labels:
                 continue  # the batch's size varies, but not this one's
             found[number] = layout
         return found
+
+    @staticmethod
+    def sure(seen: Sequence[Sequence[Seen]]) -> bool | None:
+        """Whether tensors that a loader handed out are records' rows; None after fewer than :data:`CHANCE` batches.
+
+        In one or two batches they may have as many rows as there are records by chance.
+        """
+        if any(len(past) < CHANCE for past in seen):
+            return None
+        return all(len({p.size for p in past}) > 1 and _rows(past) for past in seen)
+
+
+def _rows(past: Sequence[Seen]) -> bool:
+    return any(all(d < len(p.shape) and p.shape[d] == p.size for p in past) for d in (0, 1))
 
 
 def are_positions(program: Program, outputs: Sequence[int], labels: dict[int, Along]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gsm.loss_influence import Outputs
-from gsm.loss_labels import Along, Labels, are_positions
+from gsm.loss_labels import Along, Labels, Seen, are_positions
 from gsm.loss_marks import Mark
 from gsm.recording import Program, Recording
 from gsm.window import Window
@@ -31,6 +31,8 @@ class Found:
     """By what all samples' gradients are multiplied, if they all are."""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Of the labels."""
+    sure: bool | None = False
+    """Whether they are records' for sure; None: that is still to be seen."""
 
 
 class Replay:
@@ -41,6 +43,7 @@ class Replay:
         roots, grads: the numbers of the values that the backward begins with, and its gradients there.
         outputs: the model's outputs in its graph.
         numbers: theirs.
+        sent: those of the gradients that were computed, too, as in ``losses.backward(weights)``.
     """
 
     def __init__(
@@ -50,8 +53,9 @@ class Replay:
         grads: Sequence[Tensor | None],
         outputs: Outputs,
         numbers: Sequence[int],
+        sent: Sequence[int | None] = (),
     ):
-        self.program, self.roots, self.grads = program, roots, grads
+        self.program, self.roots, self.grads, self.sent = program, roots, grads, sent or [None] * len(roots)
         self.outputs, self.numbers = outputs, numbers
         self.base = self.gradients({})
 
@@ -72,12 +76,13 @@ class Replay:
         numbers = [mark.number for mark in marks if mark.number is not None]
         if recording.lost or len(made) < len(roots) or len(numbers) < len(marks):
             return None
-        program = recording.made(made)
+        sent = [None if g is None else recording.number(g) for g in grads]
+        program = recording.made([*made, *(n for n in sent if n is not None)])
         last = [k for k, mark in enumerate(marks) if not mark.feeds]
         if not last or not program.repeatable or not all(n in program.given for n in numbers):
             return None
         try:
-            replay = cls(program, made, grads, outputs, numbers)
+            replay = cls(program, made, grads, outputs, numbers, sent)
             edges = [outputs.edges[k] for k in last]
             real = torch.autograd.grad(roots, edges, grads, retain_graph=True, allow_unused=True)
         except RuntimeError:  # an in-place change of what autograd needs, seen only by one of them
@@ -92,7 +97,8 @@ class Replay:
         with torch.enable_grad():
             values = self.program.run({**others, **dict(zip(self.numbers, leaves, strict=True))})
             roots = [values[r] for r in self.roots]
-            found = torch.autograd.grad(roots, leaves, list(self.grads), allow_unused=True)
+            grads = [g if n is None else values[n].detach() for g, n in zip(self.grads, self.sent, strict=True)]
+            found = torch.autograd.grad(roots, leaves, grads, allow_unused=True)
         return [torch.zeros_like(x) if g is None else _finite(g) for g, x in zip(found, leaves, strict=True)]
 
     def repeats(self) -> bool:
@@ -133,97 +139,54 @@ class Replay:
         return factor if same else None
 
 
-def judge(replays: Sequence[Replay], labels: Labels, digit: int | None) -> Found | None:
+def judge(replays: Sequence[Replay], window: Window, labels: Labels, digit: int | None) -> Found | None:
     """What in a loss changes for one sample when others are replaced; None if nothing does.
 
     Args:
         replays: its program, in all ways in which the samples may lie: one in which they are apart is enough.
+        window: what is known of the batch that it is made of.
         labels: what was seen in batches before.
         digit: see :meth:`gsm.loss_influence.Outputs.halves`.
     """
     first, sizes = replays[0], replays[0].outputs.sizes
     seen = labels.look(first.program, first.numbers, sizes[0]) if len(set(sizes)) == 1 else []
-    found = [_changes(replay, labels.choose(seen, replay.outputs.dims[0]), digit) for replay in replays]
+    found = [_changes(replay, window, labels, seen, digit) for replay in replays]
     return None if None in found else found[0]
 
 
-def _changes(replay: Replay, chosen: dict[int, Along], digit: int | None) -> Found | None:
+def _changes(
+    replay: Replay, window: Window, labels: Labels, seen: Sequence[tuple[int, Sequence[Seen]]], digit: int | None
+) -> Found | None:
+    outputs = replay.outputs
+    chosen = labels.choose(seen, outputs.dims[0], window.layouts(replay.program, outputs.sizes[0])) if seen else {}
     if are_positions(replay.program, replay.numbers, chosen):
         chosen = {}
-    found = _first_change(replay, chosen, digit)
+    sure: bool | None = all(n in window.batch for n in chosen)
+    sure = sure and labels.sure([past for n, past in seen if n in chosen])
+    if sure and any(op.random is not None for op in replay.program.operations):  # as many numbers as labels say?
+        sure = False
+    found = _first_change(replay, chosen, sure, digit)
     return found if found is not None and replay.repeats() else None
 
 
-def _first_change(replay: Replay, chosen: dict[int, Along], digit: int | None) -> Found | None:
-    for source in _sources(replay.outputs, digit):
-        if chosen:
-            try:
-                after = replay.changed(source, chosen)
-            except (RuntimeError, IndexError):  # sizes that depend on the labels
-                chosen, after = {}, None
-            if after is not None and replay.changed(source, {}) is None:
-                shapes = tuple(tuple(replay.program.given[n].shape) for n in chosen)
-                return Found(True, replay.factor(after, source), shapes)
-        else:
-            after = replay.changed(source, {})
+def _first_change(replay: Replay, chosen: dict[int, Along], sure: bool | None, digit: int | None) -> Found | None:
+    """Outputs first, whatever the labels are: those of other samples might be any."""
+    for source in sources(replay.outputs, digit):
+        after = replay.changed(source, {})
         if after is not None:
             return Found(False, replay.factor(after, source))
+    for source in sources(replay.outputs, digit) if chosen else ():
+        try:
+            after = replay.changed(source, chosen)
+        except (RuntimeError, IndexError):  # sizes that depend on the labels
+            return None
+        if after is not None:
+            shapes = tuple(tuple(replay.program.given[n].shape) for n in chosen)
+            return Found(True, replay.factor(after, source), shapes, sure)
     return None
 
 
-def mixed_inputs(window: Window, inputs: Sequence[Tensor], digit: int | None) -> int | None:
-    """Which of the ``inputs`` of a forward mixes samples of earlier outputs; None if none is seen to.
-
-    Args:
-        window: with what was computed since.
-        inputs: tensors.
-        digit: see :meth:`gsm.loss_influence.Outputs.halves`.
-    """
-    recording = window.recording
-    numbers = [recording.number(x) for x in inputs]
-    made = {k: n for k, n in enumerate(numbers) if n is not None and n not in recording.given}
-    if recording.lost or not made:
-        return None
-    program = recording.made(list(made.values()))
-    outputs = [(n, *window.outputs[n]) for n in program.given if n in window.outputs]
-    if len({size for _, size, _ in outputs}) != 1 or not program.repeatable:
-        return None
-    size = outputs[0][1]
-    try:
-        before = program.run({})
-        for k, n in made.items():
-            ways = [(d, along) for d in (0, -1) for along in Along.all(inputs[k].shape, size)]
-            moves = (
-                _moves(program, n, before[n], [(m, dims[d]) for m, _, dims in outputs], along, size, digit)
-                for d, along in ways
-            )
-            if ways and _alike(before[n], inputs[k]) and all(moves):
-                return k
-    except (RuntimeError, IndexError):  # sizes that depend on values
-        return None
-    return None
-
-
-def _moves(
-    program: Program,
-    number: int,
-    before: Tensor,
-    outputs: Sequence[tuple[int, int]],
-    along: Along,
-    size: int,
-    digit: int | None,
-) -> bool:
-    """Whether rows of samples that stay move when others are replaced in the ``outputs`` (numbers and dimensions)."""
-    for (source,) in _sources(Outputs([], [size], []), digit):
-        others = {n: program.given[n].index_select(dim, source.to(before.device)) for n, dim in outputs}
-        after = program.run(others)[number]
-        stay = (source == torch.arange(size)).nonzero().flatten()
-        if not _alike(along.take(after, stay, size), along.take(before, stay, size), 1, _largest(before)):
-            return True
-    return False
-
-
-def _sources(outputs: Outputs, digit: int | None) -> Iterator[list[Tensor]]:
+def sources(outputs: Outputs, digit: int | None) -> Iterator[list[Tensor]]:
     """For each output and sample, by which one it is replaced: half of them by the other half, then the other way."""
     for halves in outputs.halves(digit):
         for half in (halves, [~h for h in halves]):

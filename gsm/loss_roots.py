@@ -17,8 +17,8 @@ from torch import Tensor
 from gsm.compiled import eager_runner
 
 #: What is asked: ``judge(roots, grads, again)`` with the tensors and the gradients that a backward is to begin with,
-#: and whether their graph is kept for another.
-Judge = Callable[[Sequence[Tensor], Sequence[Any], bool], None]
+#: and whether their graph is kept for another. What it returns, if anything, is called when the backward is over.
+Judge = Callable[[Sequence[Tensor], Sequence[Any], bool], Callable[[], None] | None]
 
 _OURS = "_gsm_asks"  # functools.wraps hands it on to whoever replaces ours
 _WAITING: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -52,12 +52,17 @@ def _asking(ordinary: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         roots = list(tensors) if isinstance(tensors, Sequence) else [tensors]
         grads = list(grad_tensors) if isinstance(grad_tensors, Sequence) else [grad_tensors] * len(roots)
+        again = bool(retain_graph or create_graph)
+        told = []
         for judge in tuple(_JUDGES) if len(_WAITING) else ():
-            run(judge, roots, grads, bool(retain_graph or create_graph))
+            told.append(run(judge, roots, grads, again))
         if not len(_WAITING) and torch.autograd.backward is backward:
             _JUDGES.clear()
             torch.autograd.backward = ordinary
         ordinary(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
+        for over in told:
+            if over is not None:
+                over()
 
     backward.__dict__[_OURS] = True
     return backward

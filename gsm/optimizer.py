@@ -38,6 +38,7 @@ from gsm.optimizer_interface import OptimizerInterface
 from gsm.passes import Passes, lacking
 from gsm.release import PendingRelease
 from gsm.secure_noise import SecureNoise
+from gsm.window import window
 
 CLIPPING: dict[str, type[Clipping]] = {
     "flat": FlatClipping,
@@ -148,6 +149,7 @@ class DPOptimizer(OptimizerInterface):
 
     def clip_and_accumulate(self) -> None:
         """Clips what the backward passes left behind and adds it to the pending sum (``p.summed_grad``)."""
+        window().pause()  # what a step computes is none of a loss's
         params = self.params
         if self._checked != (seen := [id(p) for p in params]):
             check_wrapped(self, params, self.loss_reduction)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from gsm import drawn
 from gsm.loader import loader_options
+from gsm.loss_check import looks_at_the_next
 
 IN_VAIN = (
     "Three iterations in a row over this loader ended before a logical batch did: what they clipped was forgotten, and "
@@ -127,7 +128,7 @@ class PhysicalBatchLoader(DataLoader):
         batches = iter(self._inner)
         ends = self._pieces.ends
         try:
-            for batch in drawn.counted(batches, self._pieces.sizes):
+            for batch in drawn.counted(batches, self._pieces.sizes, self._looked_at):
                 self._check(current)
                 end = ends.popleft()
                 if torch.is_grad_enabled():  # data that is only looked at takes no step
@@ -140,6 +141,9 @@ class PhysicalBatchLoader(DataLoader):
             if current == self._pass:
                 forget_unreleased(self.optimizer, signals=False)
             raise
+
+    def _looked_at(self) -> bool:
+        return looks_at_the_next(getattr(self.optimizer, "params", []))
 
     def _check(self, current: int) -> None:
         if current != self._pass:

@@ -4,8 +4,9 @@ A :class:`Recording` is a mode of PyTorch's dispatcher: while it is on, every op
 autograd, so `detach`, `no_grad`, `.data`, masks and integers are seen as well. Computed again, the same paths carry
 gradients.
 
-Not followed: what goes through Python numbers or numpy, and compiled kernels (compiled functions run eagerly under a
-mode). A recording holds no intermediate results, only what came from outside, and ends by itself when it grows long.
+Followed are also single floats that Python takes (`item()`) and gives back as they were. Not followed: what Python
+computes with them, other numbers, numpy, and compiled kernels (compiled functions run eagerly under a mode).
+A recording holds no intermediate results, only what came from outside, and ends by itself when it grows long.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _GUARDED = tuple(
     os.path.join(_ROOT, *path)
     for path in (("_dynamo", ""), ("_functorch", ""), ("_higher_order_ops", ""), ("fx", ""), ("autograd", "graph.py"))
 )
+_DIGITS = 12  # of a float that nobody has written by hand
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -74,6 +76,7 @@ class Recording(TorchDispatchMode):
         self.on, self._entered = False, False
         self._guards: frozenset[int] = frozenset()
         self._numbers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._read: dict[float, int] = {}  # the numbers of values that Python has
         self._memory: list[int] = []  # for each value the first one in the same memory
         self._process = os.getpid()
 
@@ -110,7 +113,7 @@ class Recording(TorchDispatchMode):
     def clear(self) -> None:
         """Forgets everything."""
         self.operations, self.given, self._memory, self.lost = [], {}, [], False
-        self._numbers = WeakIdKeyDictionary()
+        self._numbers, self._read = WeakIdKeyDictionary(), {}
 
     # -- recording -----------------------------------------------------------------------------------------------------
 
@@ -132,23 +135,45 @@ class Recording(TorchDispatchMode):
             return func(*args, **kwargs)
         self.lost = len(self.operations) >= MOST_OPERATIONS or not _all_plain((args, kwargs))
         if self.lost:
-            self.operations, self.given = [], {}
+            self._give_up()
         if self.lost or func.__name__.partition(".")[0] in _UNWRITTEN:
             return func(*args, **kwargs)  # memory is from outside: what fills it may not pass by
         used = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         args_, kwargs_ = tree_map_only(Tensor, self._ref, (args, kwargs))
+        if self._read:
+            args_, kwargs_ = tree_map_only(float, self._back, (args_, kwargs_))
         written = [x for x in _written(func, args, kwargs) if isinstance(x, Tensor)]
         self._keep(written)
         random = _random(func, used, kwargs)
         result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if not _all_plain(made):  # sparse, say
+            self._give_up()
+            return result
         for x in made:
             if not any(x is w for w in written):
                 self._numbers[x] = self._new(x, used)
-        numbers = tuple(self._numbers[x] for x in made)
+        numbers = (*(self._numbers[x] for x in made), *self._taken(result))
         writes = tuple(self._numbers[x] for x in written)
         self.operations.append(Operation(func, args_, kwargs_, numbers, torch.is_grad_enabled(), random, writes))
         return result
+
+    def _taken(self, result: Any) -> tuple[int, ...]:
+        """The number of a value that Python takes as a float, as by ``item()``, if it can be told when it comes back.
+
+        One of few digits cannot: the same may be written in the program.
+        """
+        if not isinstance(result, float) or len(repr(result)) < _DIGITS:
+            return ()
+        self._read[result] = len(self._memory)
+        self._memory.append(self._read[result])
+        return (self._read[result],)
+
+    def _back(self, value: float) -> Ref | float:
+        return Ref(self._read[value]) if value in self._read else value
+
+    def _give_up(self) -> None:
+        self.lost, self.operations, self.given = True, [], {}
 
     def _ref(self, x: Tensor) -> Ref:
         number = self._numbers.get(x)
@@ -209,7 +234,8 @@ class Program:
             with torch.set_grad_enabled(op.graph), _drawing(op.random):
                 args, kwargs = tree_map_only(Ref, lambda ref: values[ref.number], (op.args, op.kwargs))
                 result = op.call(*args, **kwargs)
-            values.update(zip(op.results, (x for x in tree_leaves(result) if isinstance(x, Tensor)), strict=True))
+            found = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+            values.update(zip(op.results, found or [result][: len(op.results)], strict=True))
         return values
 
 
@@ -274,8 +300,12 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any
 
 def _all_plain(values: Any) -> bool:
     """Whether all tensors are ordinary ones, with memory of their own."""
-    tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
-    return all(type(x) in _PLAIN and x.layout is torch.strided and not x.is_inference() for x in tensors)
+    return all(plain(x) for x in tree_leaves(values) if isinstance(x, Tensor))
+
+
+def plain(x: Tensor) -> bool:
+    """Whether it is an ordinary tensor, with memory of its own."""
+    return type(x) in _PLAIN and x.layout is torch.strided and not x.is_inference()
 
 
 def _storage(x: Tensor) -> int:

@@ -49,6 +49,11 @@ PAST_AUTOGRAD = {
     "the largest as a number": lambda z, y: (z / float(z.detach().abs().max().sqrt() * 1)).mean()
     + (z * z.detach().mean()).mean(),
 }
+AS_NUMBERS = {
+    "divided by itself": lambda z, y: (loss := F.cross_entropy(z, y)) / loss.item(),
+    "centred": lambda z, y: (z - z.mean().item()).square().mean(),
+    "standardised by two": lambda z, y: (z * 2 / float(z.detach().std()) + z.min().item()).square().mean(),
+}
 BY_LABELS = {
     "weights of classes": lambda z, y: F.cross_entropy(z, y, weight=WEIGHTS.to(z)),
     "squares of one class": lambda z, y: ((z[:, 0] - 1) ** 2 * (y == 0)).sum() / (y == 0).sum().clamp(min=1),
@@ -68,6 +73,11 @@ OWN = {
     "smoothed by hand": lambda z, y: -(z.log_softmax(1) * (0.9 * F.one_hot(y, 3) + 0.1 / 3)).sum(1).mean(),
     "compared with a bank": lambda z, y: F.cross_entropy(z @ BANK.T.to(z), y),
     "its own pair of views": lambda z, y: F.mse_loss(z[:, :1], z[:, 1:2].detach()),
+    "its own number": lambda z, y: sum(loss * loss.item() for loss in single(z, y)) / len(z),
+    "a number that is logged": lambda z, y: F.cross_entropy(z, y) * 0.5 + 0 * len([z.mean().item()]),
+    "one that is also written": lambda z, y: (
+        0 * len([(entry > 0).mul(0.5).item() for entry in z[:, 0]]) + F.cross_entropy(z, y) * 0.5
+    ),
     "a schedule": lambda z, y: F.cross_entropy(z, y) * torch.rand(()),
 }
 
@@ -95,6 +105,12 @@ def train(loss, *, make=batch, sizes=SIZES, mode="ghost", model=None, dtype=torc
 @pytest.mark.parametrize("name", PAST_AUTOGRAD)
 def test_detached_outputs_of_others_are_refused_at_the_first_backward(name):
     step, message = train(PAST_AUTOGRAD[name])
+    assert step == 0 and "compares samples where autograd does not follow" in message
+
+
+@pytest.mark.parametrize("name", AS_NUMBERS)
+def test_numbers_that_python_takes_from_all_samples_and_gives_back_are_followed(name):
+    step, message = train(AS_NUMBERS[name])
     assert step == 0 and "compares samples where autograd does not follow" in message
 
 
@@ -282,6 +298,51 @@ def test_other_losses_beside_and_a_second_backward():
     good.backward(retain_graph=True)
     with pytest.raises(SamplesInfluenceEachOther, match="autograd does not follow"):
         bad.backward()
+
+
+def test_losses_made_after_the_first_of_two_backwards():
+    model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
+    for second in (OWN["its own importance"], PAST_AUTOGRAD["importances"]):
+        z, y = model(torch.randn(9, 6)), torch.arange(9) % 3
+        F.cross_entropy(z, y).backward(retain_graph=True)
+        loss = second(z, y)
+        if second is OWN["its own importance"]:
+            loss.backward()
+            model.set_grad_sample_to_none()
+            model.zero_grad(set_to_none=True)
+    with pytest.raises(SamplesInfluenceEachOther, match="autograd does not follow"):
+        loss.backward()
+
+
+def test_gradients_that_a_backward_begins_with():
+    """`losses.backward(weights)`, and an output's own gradient, computed by hand."""
+    x, y = torch.randn(9, 6), torch.arange(9) % 3
+
+    def weighted(z, weights):
+        losses = (z[:, 0] - y) ** 2
+        losses.backward(weights(losses.detach()))
+
+    def by_hand(z, weights):
+        inside = z.detach().requires_grad_()
+        (g,) = torch.autograd.grad((inside[:, 0] - y).square().mean(), inside)
+        z.backward(weights(g))
+
+    for send in (weighted, by_hand):
+        for fixed in (lambda a: torch.full_like(a, 0.1), lambda a: a.tanh()):
+            send(GradSampleModule(nn.Linear(6, 3), mode="ghost")(x), fixed)
+        with pytest.raises(SamplesInfluenceEachOther, match="autograd does not follow"):
+            send(GradSampleModule(nn.Linear(6, 3), mode="ghost")(x), lambda a: a / a.norm())
+
+
+def test_a_step_is_not_recorded():
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    model, optimizer, loader = make_private(*parts(), noise_multiplier=1.0)
+    x, y = next(iter(loader))
+    F.cross_entropy(model(x), y).backward(retain_graph=True)
+    assert _get_current_dispatch_mode_stack()  # another loss may come
+    optimizer.step()
+    assert not _get_current_dispatch_mode_stack()
 
 
 def test_two_models_and_forwards_without_gradients_in_between():

@@ -179,9 +179,13 @@ def test_what_grows_too_long_is_given_up(monkeypatch):
     assert not record.lost
 
 
-@pytest.mark.parametrize("other", ["sparse", "inference"])
+@pytest.mark.parametrize("other", ["sparse", "inference", "made sparse"])
 def test_tensors_of_another_kind_end_it(other):
     _, z, _ = outputs()
+    if other == "made sparse":
+        record, _, value = recorded(lambda z: torch.sparse.mm(torch.eye(SIZE).to_sparse(), z).sum(), z)
+        assert record.lost and record.number(value) is None
+        return
     if other == "sparse":
         x = torch.eye(SIZE).to_sparse()
     else:
