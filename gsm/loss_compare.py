@@ -128,7 +128,7 @@ def _compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
         told = _replaced(checks, roots, grads, found, digit)
     window().renew()
     if once is not None and not told and not any(check.said for check in checks):
-        warnings.warn(UNJUDGED.format(error=once), stacklevel=5)
+        warnings.warn(UNJUDGED.format(error=once), stacklevel=6)
         for check in checks:
             check.said = True
 
@@ -187,7 +187,7 @@ def _replaced(
     if found.sure:
         raise SamplesInfluenceEachOther(what + CHANGES + BATCHED)
     if not any(check.labelled for check in checks):
-        warnings.warn(what + CHANGES + BATCHED, stacklevel=6)
+        warnings.warn(what + CHANGES + BATCHED, stacklevel=7)
     for check in checks:
         check.labelled = True
     return True
@@ -197,7 +197,7 @@ def _look_beside(checks: Sequence[LossCheck], leaves: Sequence[Tensor]) -> None:
     """Says, once, which of the ``leaves`` are parameters whose gradients nobody clips."""
     free = [p for p in leaves if isinstance(p, nn.Parameter) and ledger.tape_of(p) is None]
     if free and not any(check.beside for check in checks):
-        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=7)
+        warnings.warn(BESIDE.format(n=len(free), shape=tuple(free[0].shape)), stacklevel=8)
     for check in checks:
         check.beside = check.beside or bool(free)
 
