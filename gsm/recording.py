@@ -64,6 +64,8 @@ class Operation:
 class Recording(TorchDispatchMode):
     """Records the operations of this thread from :meth:`start` to :meth:`stop`."""
 
+    supports_higher_order_operators = True  # torch.cond and the like pass by; without this they would be errors
+
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
@@ -130,9 +132,11 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.on or self.lost or self._process != os.getpid():  # a worker of a loader, forked meanwhile
             return func(*args, **kwargs)
-        self.lost = len(self.operations) >= MOST_OPERATIONS or not _all_plain((args, kwargs))
-        if self.lost:
-            self.operations, self.given = [], {}
+        if torch._C._len_torch_dispatch_stack():  # PyTorch's own modes lie behind this one: somebody traces or exports
+            return func(*args, **kwargs)
+        recordable = isinstance(func, torch._ops.OpOverload) and _all_plain((args, kwargs))
+        if not recordable or len(self.operations) >= MOST_OPERATIONS:
+            self._lose()
         if self.lost or func.__name__.partition(".")[0] in _UNWRITTEN:
             return func(*args, **kwargs)  # memory is from outside: what fills it may not pass by
         used = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -141,6 +145,9 @@ class Recording(TorchDispatchMode):
         self._keep(written)
         random = _random(func, used, kwargs)
         result = func(*args, **kwargs)
+        if not _all_plain(result):
+            self._lose()
+            return result
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         for x in made:
             if not any(x is w for w in written):
@@ -149,6 +156,9 @@ class Recording(TorchDispatchMode):
         writes = tuple(self._numbers[x] for x in written)
         self.operations.append(Operation(func, args_, kwargs_, numbers, torch.is_grad_enabled(), random, writes))
         return result
+
+    def _lose(self) -> None:
+        self.lost, self.operations, self.given = True, [], {}
 
     def _ref(self, x: Tensor) -> Ref:
         number = self._numbers.get(x)
