@@ -64,6 +64,15 @@ def eager_runner() -> Callable[..., Any]:
     return run
 
 
+def untraced(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """``function(*args, **kwargs)``, which a step that is compiled as a whole does not trace."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
+
+    if torch.compiler.is_dynamo_compiling() or get_eval_frame_callback() is not None:
+        return torch.compiler.disable(function)(*args, **kwargs)
+    return function(*args, **kwargs)
+
+
 def warn_if_compiled(root: nn.Module) -> None:
     """Warns if a module of the model is compiled: it stays so without gradients only."""
     from torch._dynamo import OptimizedModule

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gsm.compiled import untraced
+
 #: What is asked: ``judge(roots, grads, again)`` with the tensors and the gradients that a backward is to begin with,
 #: and whether their graph is kept for another.
 Judge = Callable[[Sequence[Tensor], Sequence[Any], bool], None]
@@ -38,22 +40,28 @@ def done(token: Any) -> None:
 
 def _asking(ordinary: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(ordinary)
-    def backward(
-        tensors: Any,
-        grad_tensors: Any = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        roots = list(tensors) if isinstance(tensors, Sequence) else [tensors]
-        grads = list(grad_tensors) if isinstance(grad_tensors, Sequence) else [grad_tensors] * len(roots)
-        for judge in tuple(_JUDGES) if len(_WAITING) else ():
-            judge(roots, grads, bool(retain_graph or create_graph))
-        if not len(_WAITING) and torch.autograd.backward is backward:
-            _JUDGES.clear()
-            torch.autograd.backward = ordinary
-        ordinary(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)
+    def backward(*args: Any, **kwargs: Any) -> None:
+        untraced(_backward, backward, ordinary, *args, **kwargs)
 
     backward.__dict__[_OURS] = True
     return backward
+
+
+def _backward(
+    ours: Callable[..., None],
+    ordinary: Callable[..., None],
+    tensors: Any,
+    grad_tensors: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    roots = list(tensors) if isinstance(tensors, Sequence) else [tensors]
+    grads = list(grad_tensors) if isinstance(grad_tensors, Sequence) else [grad_tensors] * len(roots)
+    for judge in tuple(_JUDGES) if len(_WAITING) else ():
+        judge(roots, grads, bool(retain_graph or create_graph))
+    if not len(_WAITING) and torch.autograd.backward is ours:
+        _JUDGES.clear()
+        torch.autograd.backward = ordinary
+    ordinary(tensors, grad_tensors, retain_graph, create_graph, *args, **kwargs)

@@ -231,10 +231,15 @@ def _guards() -> frozenset[int]:
     """
     found, frame = [], sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_filename.startswith(_GUARDED):
+        if frame.f_code.co_filename.startswith(_GUARDED) and not _only_disables(frame):
             found.append(id(frame))
         frame = frame.f_back  # type: ignore[assignment]
     return frozenset(found)
+
+
+def _only_disables(frame: Any) -> bool:
+    """Whether it is a call of what :func:`torch.compiler.disable` made, which touches no dispatcher."""
+    return "self" in frame.f_code.co_freevars and type(frame.f_locals["self"]).__name__ == "DisableContext"
 
 
 class _drawing:
