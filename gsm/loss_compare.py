@@ -56,6 +56,10 @@ REMEDY = (
     "Take the mean within each sample first and over the samples last: gsm.transformers.per_sample_loss(outputs, "
     "labels).mean(), or reduction='none', then weight, then average."
 )
+SHARED = (
+    " If they are no rows of the batch (negatives that all samples share, as many as there are samples, and drawn "
+    "without looking at the records), nothing is wrong."
+)
 
 UNJUDGED = (
     "Whether the loss compares samples could not be told, as it cannot be differentiated twice ({error}). If each of "
@@ -163,7 +167,7 @@ def _replaced(
     if first.factor is not None:
         raise SamplesInfluenceEachOther(what + TIMES.format(factor=first.factor) + REMEDY)
     if not any(check.labelled for check in checks):
-        warnings.warn(what + "changes what it sends back. " + REMEDY, stacklevel=5)
+        warnings.warn(what + "changes what it sends back. " + REMEDY + SHARED, stacklevel=5)
     for check in checks:
         check.labelled = True
     return True

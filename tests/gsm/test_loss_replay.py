@@ -237,6 +237,55 @@ def test_tables_are_no_labels(recwarn):
     assert not recwarn.list
 
 
+def moving(*shape):
+    return lambda k: torch.randn(*shape, generator=torch.Generator().manual_seed(k))
+
+
+MOVING = {
+    "classes": (moving(9, 3), lambda z, y, t: F.cross_entropy(z @ t.T, y)),
+    "twice as many": (moving(18, 3), lambda z, y, t: F.cross_entropy(z @ t.T, y)),
+    "weights of classes": (moving(9), lambda z, y, t: (single(z, y) * t.exp()[y]).mean()),
+    "a prior": (moving(9), lambda z, y, t: F.cross_entropy(z.repeat(1, 3) + t, y)),
+    "weights of features": (moving(9), lambda z, y, t: (z.repeat(1, 3).square() * t.softmax(0)).sum(1).mean()),
+    "a head": (moving(9, 4), lambda z, y, t: F.cross_entropy(F.linear(z, t[:, :3], t[:, 3].clone()), y)),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_moving_tables_as_large_as_all_batches_are_no_labels(name, recwarn):
+    """They do not change places with the samples."""
+    draw, own = MOVING[name]
+    table = torch.zeros_like(draw(0))
+
+    def loss(z, y):
+        return own(z, y, table)
+
+    def wrong(z, y):
+        return own(z, y, table) / (WEIGHTS[y].sum() / 9)
+
+    for right, function in ((True, loss), (False, wrong)):
+        steps = iter(range(1, 99))
+
+        def make(size, generator, steps=steps):
+            table.copy_(draw(next(steps)))
+            return batch(size, generator)
+
+        found = train(function, make=make, sizes=[9] * 8)
+        assert found is None if right else "normalised over the batch" in found[1]
+    assert not recwarn.list
+
+
+def test_sets_of_negatives_may_be_the_records(recwarn):
+    """Each record's own hard negative, shared within the batch, looks the same: it is said."""
+
+    def paired(size, generator):
+        return batch(size, generator)[0], torch.randn(size, 3, generator=generator)
+
+    assert train(lambda z, others: (z @ others.T).logsumexp(1).mean(), make=paired, sizes=[9] * 6) is None
+    (warning,) = recwarn.list
+    assert "negatives that all samples share" in str(warning.message)
+
+
 def test_vectors_of_losses():
     """`step(loss=)`: entries that are detached weights of the batch."""
     model, optimizer, loader = make_private(*parts(), noise_multiplier=1.0)
