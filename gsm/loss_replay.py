@@ -162,11 +162,11 @@ def judge(replay: Replay, labels: Labels, digit: int | None) -> Found | None:
     alike = len(set(outputs.sizes)) == 1
     seen = labels.look(replay.program, replay.numbers, outputs.sizes[0]) if alike else []
     chosen = labels.choose(seen, outputs.dims[0])
-    if are_positions(replay.program, replay.numbers, chosen):
-        chosen = {}
     found = _first_change(replay, chosen, digit)
     if found is not None and found.labels:
         rows = _rows(replay, chosen)
+        if are_positions(replay.program, [*replay.numbers, *rows], chosen):
+            rows = {}
         found = _first_change(replay, rows, digit) if len(rows) < len(chosen) else found
     return found if found is not None and replay.repeats() else None
 
