@@ -24,6 +24,7 @@ _PEEK = 1024  # entries of a tensor that tell whether it has changed
 _INDEXING = ("index", "index_put", "index_put_", "take", "embedding")
 _INDEXING_ALONG = (
     "index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_",
+    "index_copy", "index_copy_",
 )  # fmt: skip
 _MASKS = ("nonzero", "ne", "eq", "ge", "gt", "le", "lt")  # what they say moves with the samples
 
