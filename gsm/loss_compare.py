@@ -70,6 +70,10 @@ REMEDY = (
     "Take the mean within each sample first and over the samples last: gsm.transformers.per_sample_loss(outputs, "
     "labels).mean(), or reduction='none', then weight, then average."
 )
+SETS = (
+    " If they are no rows of the batch (negatives that all samples share, as many as there are samples, and drawn "
+    "without looking at the records), nothing is wrong."
+)
 
 UNJUDGED = (
     "Whether the loss compares samples could not be told, as it cannot be differentiated twice ({error}). If each of "
@@ -187,7 +191,7 @@ def _replaced(
     if found.sure:
         raise SamplesInfluenceEachOther(what + CHANGES + BATCHED)
     if not any(check.labelled for check in checks):
-        warnings.warn(what + CHANGES + BATCHED, stacklevel=7)
+        warnings.warn(what + CHANGES + BATCHED + SETS, stacklevel=7)
     for check in checks:
         check.labelled = True
     return True

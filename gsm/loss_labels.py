@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gsm.recording import Program
+from gsm.recording import Operation, Program, Ref
 
 RECORDED = 8
 """Batches whose tensors are compared with each other."""
@@ -26,8 +26,9 @@ CHANCE = 3
 _PEEK = 1024  # entries of a tensor that tell whether it has changed
 _INDEXING = ("index", "index_put", "index_put_", "take", "embedding")
 _INDEXING_ALONG = (
-    "index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_"
-)
+    "index_select", "gather", "scatter", "scatter_", "scatter_add", "scatter_add_", "index_add", "index_add_",
+    "index_copy", "index_copy_",
+)  # fmt: skip
 _MASKS = ("nonzero", "ne", "eq", "ge", "gt", "le", "lt")  # what they say moves with the samples
 
 
@@ -154,9 +155,8 @@ def are_positions(program: Program, outputs: Sequence[int], labels: dict[int, Al
     said = {n for n in labels if not (program.given[n].is_floating_point() or program.given[n].dtype is torch.bool)}
     for op in program.operations:
         name = op.call.__name__.partition(".")[0]
-        source = op.args[0].number if op.args and hasattr(op.args[0], "number") else None
-        along = name in _INDEXING_ALONG and len(op.args) > 1 and op.args[1] == 0
-        if (name in _INDEXING or along) and source in made and any(i in said for i in _index(op, name)):
+        index, whose = _index(op, name), {r.number for r in op.args[:1] if isinstance(r, Ref)}
+        if not index.isdisjoint(said) and not whose.isdisjoint(made):
             return True
         reads = {r.number for r in op.reads}
         made.update(op.results if reads & made else ())
@@ -164,11 +164,13 @@ def are_positions(program: Program, outputs: Sequence[int], labels: dict[int, Al
     return False
 
 
-def _index(op: Any, name: str) -> list[int]:
-    if name in _INDEXING[:3]:
-        first = op.args[1][0]
-        return [] if first is None else [first.number]
-    return [r.number for r in op.reads[1:]]
+def _index(op: Operation, name: str) -> set[int]:
+    """The values that say where along the first dimension something is picked or put; none if nothing is."""
+    if name in _INDEXING:
+        at = op.args[1][:1] if isinstance(op.args[1], list | tuple) else [op.args[1]]
+    else:
+        at = op.args[2:3] if name in _INDEXING_ALONG and op.args[1] == 0 else []
+    return {r.number for r in at if isinstance(r, Ref)}
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:

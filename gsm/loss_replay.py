@@ -9,7 +9,8 @@ back for the samples that stay must stay (:func:`judge`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations, islice
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from gsm.loss_labels import Along, Labels, Seen, are_positions
 from gsm.loss_marks import Mark
 from gsm.recording import Program, Recording
 from gsm.window import Window
+
+MOST_SETS = 32
+"""Of labels that are tried."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +116,30 @@ class Replay:
             source: for each output, for each sample, by which one it is replaced.
             labels: which tensors go with the samples.
         """
-        others = {
-            n: self.program.given[n].index_select(dim, rows.to(self.program.given[n].device))
-            for n, dim, rows in zip(self.numbers, self.outputs.dims, source, strict=True)
-        }
-        others |= {n: along.take(self.program.given[n], source[0], len(source[0])) for n, along in labels.items()}
-        after = self.gradients(others)
+        after = self._with(source, labels)
         for k, (b, a, rows) in enumerate(zip(self.base, after, source, strict=True)):
             stays = self.outputs.along(k, b, rows == torch.arange(len(rows)))
             if not _alike(a * stays, b * stays, 1, _largest(b)):
                 return after
         return None
+
+    def permutes(self, labels: dict[int, Along]) -> bool:
+        """Whether samples that change places take along what is sent back to them, if ``labels`` go with them."""
+        source = [torch.arange(size).flip(0) for size in self.outputs.sizes]
+        try:
+            after = self._with(source, labels)
+        except (RuntimeError, IndexError):  # sizes that depend on the labels
+            return False
+        pairs = zip(after, self.base, self.outputs.dims, source, strict=True)
+        return all(_alike(a, b.index_select(dim, rows.to(b.device)), 10) for a, b, dim, rows in pairs)
+
+    def _with(self, source: Sequence[Tensor], labels: dict[int, Along]) -> list[Tensor]:
+        """What is sent back with samples replaced, see :meth:`changed`."""
+        given = self.program.given
+        outputs = zip(self.numbers, self.outputs.dims, source, strict=True)
+        others = {n: given[n].index_select(dim, rows.to(given[n].device)) for n, dim, rows in outputs}
+        others |= {n: along.take(given[n], source[0], len(source[0])) for n, along in labels.items()}
+        return self.gradients(others)
 
     def factor(self, after: Sequence[Tensor], source: Sequence[Tensor]) -> float | None:
         """By what everything that stays is multiplied; None if not everything is multiplied by the same."""
@@ -159,17 +176,43 @@ def _changes(
 ) -> Found | None:
     outputs = replay.outputs
     chosen = labels.choose(seen, outputs.dims[0], window.layouts(replay.program, outputs.sizes[0])) if seen else {}
-    if are_positions(replay.program, replay.numbers, chosen):
-        chosen = {}
-    sure: bool | None = all(n in window.batch for n in chosen)
-    sure = sure and labels.sure([past for n, past in seen if n in chosen])
-    if sure and any(op.random is not None for op in replay.program.operations):  # as many numbers as labels say?
-        sure = False
-    found = _first_change(replay, chosen, sure, digit)
+    found = _first_change(replay, chosen, digit)
+    if found is not None and found.labels:
+        rows = _rows(replay, chosen)
+        if are_positions(replay.program, [*replay.numbers, *rows], chosen):
+            rows = {}
+        found = _first_change(replay, rows, digit) if len(rows) < len(chosen) else found
+        if found is not None:
+            found = replace(found, sure=_sure(replay, window, labels, [(n, past) for n, past in seen if n in rows]))
     return found if found is not None and replay.repeats() else None
 
 
-def _first_change(replay: Replay, chosen: dict[int, Along], sure: bool | None, digit: int | None) -> Found | None:
+def _sure(
+    replay: Replay, window: Window, labels: Labels, rows: Sequence[tuple[int, Sequence[Seen]]]
+) -> bool | None:
+    """Whether the labels are records' for sure; None: that is still to be seen."""
+    if not all(n in window.batch for n, _ in rows):
+        return False
+    sure = labels.sure([past for _, past in rows])
+    if sure and any(op.random is not None for op in replay.program.operations):  # as many numbers as labels say?
+        return False
+    return sure
+
+
+def _rows(replay: Replay, chosen: dict[int, Along]) -> dict[int, Along]:
+    """Those ``chosen`` that are no tables: as large as the batch by chance, but not in the order of its samples.
+
+    What is sent back follows samples that change places only with their own labels, and without moving a table. A set
+    (negatives that all samples share) can be either; it stays. All do where places count, as with noise.
+    """
+    for kept in islice((c for n in range(len(chosen), -1, -1) for c in combinations(chosen, n)), MOST_SETS):
+        labels = {n: chosen[n] for n in kept}
+        if replay.permutes(labels):
+            return labels
+    return chosen
+
+
+def _first_change(replay: Replay, chosen: dict[int, Along], digit: int | None) -> Found | None:
     """Outputs first, whatever the labels are: those of other samples might be any."""
     for source in sources(replay.outputs, digit):
         after = replay.changed(source, {})
@@ -182,7 +225,7 @@ def _first_change(replay: Replay, chosen: dict[int, Along], sure: bool | None, d
             return None
         if after is not None:
             shapes = tuple(tuple(replay.program.given[n].shape) for n in chosen)
-            return Found(True, replay.factor(after, source), shapes, sure)
+            return Found(True, replay.factor(after, source), shapes)
     return None
 
 

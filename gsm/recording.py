@@ -66,6 +66,8 @@ class Operation:
 class Recording(TorchDispatchMode):
     """Records the operations of this thread from :meth:`start` to :meth:`stop`."""
 
+    supports_higher_order_operators = True  # torch.cond and the like pass by; without this they would be errors
+
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
@@ -133,8 +135,10 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.on or self.lost or self._process != os.getpid():  # a worker of a loader, forked meanwhile
             return func(*args, **kwargs)
-        self.lost = len(self.operations) >= MOST_OPERATIONS or not _all_plain((args, kwargs))
-        if self.lost:
+        if torch._C._len_torch_dispatch_stack():  # PyTorch's own modes lie behind this one: somebody traces or exports
+            return func(*args, **kwargs)
+        recordable = isinstance(func, torch._ops.OpOverload) and _all_plain((args, kwargs))
+        if not recordable or len(self.operations) >= MOST_OPERATIONS:
             self._give_up()
         if self.lost or func.__name__.partition(".")[0] in _UNWRITTEN:
             return func(*args, **kwargs)  # memory is from outside: what fills it may not pass by
@@ -247,11 +251,15 @@ def _guards() -> frozenset[int]:
     """
     found, frame = [], sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        if code.co_filename.startswith(_GUARDED) and "DisableContext" not in getattr(code, "co_qualname", ""):
+        if frame.f_code.co_filename.startswith(_GUARDED) and not _only_disables(frame):
             found.append(id(frame))
         frame = frame.f_back  # type: ignore[assignment]
     return frozenset(found)
+
+
+def _only_disables(frame: Any) -> bool:
+    """Whether it is a call of what :func:`torch.compiler.disable` made, which touches no dispatcher."""
+    return "self" in frame.f_code.co_freevars and type(frame.f_locals["self"]).__name__ == "DisableContext"
 
 
 class _drawing:

@@ -58,6 +58,8 @@ BY_LABELS = {
     "weights of classes": lambda z, y: F.cross_entropy(z, y, weight=WEIGHTS.to(z)),
     "squares of one class": lambda z, y: ((z[:, 0] - 1) ** 2 * (y == 0)).sum() / (y == 0).sum().clamp(min=1),
     "squares with weights": lambda z, y: ((z[:, 0] - 1) ** 2 * WEIGHTS[y]).sum() / WEIGHTS[y].sum(),
+    "sums of classes": lambda z, y: (z.new_zeros(3).index_add(0, y, single(z, y)) * WEIGHTS.to(z)).sum()
+    / WEIGHTS.to(z).index_select(0, y).sum(),
     "spread of the targets": lambda z, y: F.l1_loss(z[:, 0], y.float()) / (1 + y.float().var()),
 }
 OWN = {
@@ -227,6 +229,23 @@ def test_positions_in_the_batch_are_left_alone(recwarn):
     assert not recwarn.list
 
 
+def test_positions_in_the_labels_are_left_alone(recwarn):
+    """Sequences sorted by length in the collate function, with the order that puts the labels in their places."""
+
+    def sorted_by_length(size, generator):
+        x, y = batch(size, generator)
+        order = torch.randint(9, (size,), generator=generator).argsort()
+        return x[order], (y, order)
+
+    def put_back(z, y):
+        return F.cross_entropy(torch.zeros_like(z).index_copy(0, y[1], z), y[0])
+
+    for loss in (lambda z, y: F.cross_entropy(z, y[0][y[1]]), put_back):
+        for sizes in ([2] * 8, [3] * 8, [4] * 8, [5] * 8, [9] * 8, SIZES):
+            assert train(loss, make=sorted_by_length, sizes=sizes) is None
+    assert not recwarn.list
+
+
 def test_weights_of_places_in_the_batch_are_no_labels(recwarn):
     """They are the same in every batch, as far as it goes: what they add up to depends on its size only."""
     table = torch.linspace(1, 2, 12)
@@ -244,13 +263,65 @@ def test_tables_are_no_labels(recwarn):
     for rows, moves in ((9, False), (18, False), (18, True), (36, True)):
         bank = torch.randn(rows, 3)
 
-        def against(z, y, bank=bank, moves=moves):
+        def make(size, generator, bank=bank, moves=moves):
             if moves:
                 bank.add_(torch.randn_like(bank))
+            return batch(size, generator)
+
+        def against(z, y, bank=bank):
             return (z @ bank.T).logsumexp(1).mean()
 
-        assert train(against, sizes=(9, 6, 9, 3, 9, 18, 9, 6)) is None, (rows, moves)
+        assert train(against, make=make, sizes=(9, 6, 9, 3, 9, 18, 9, 6)) is None, (rows, moves)
     assert not recwarn.list
+
+
+def moving(*shape):
+    return lambda k: torch.randn(*shape, generator=torch.Generator().manual_seed(k))
+
+
+MOVING = {
+    "classes": (moving(9, 3), lambda z, y, t: F.cross_entropy(z @ t.T, y)),
+    "twice as many": (moving(18, 3), lambda z, y, t: F.cross_entropy(z @ t.T, y)),
+    "weights of classes": (moving(9), lambda z, y, t: (single(z, y) * t.exp()[y]).mean()),
+    "a prior": (moving(9), lambda z, y, t: F.cross_entropy(z.repeat(1, 3) + t, y)),
+    "weights of features": (moving(9), lambda z, y, t: (z.repeat(1, 3).square() * t.softmax(0)).sum(1).mean()),
+    "a head": (moving(9, 4), lambda z, y, t: F.cross_entropy(F.linear(z, t[:, :3], t[:, 3].clone()), y)),
+}
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_moving_tables_as_large_as_all_batches_are_no_labels(name, recwarn):
+    """They do not change places with the samples."""
+    draw, own = MOVING[name]
+    table = torch.zeros_like(draw(0))
+
+    def loss(z, y):
+        return own(z, y, table)
+
+    def wrong(z, y):
+        return own(z, y, table) / (WEIGHTS[y].sum() / 9)
+
+    for right, function in ((True, loss), (False, wrong)):
+        steps = iter(range(1, 99))
+
+        def make(size, generator, steps=steps):
+            table.copy_(draw(next(steps)))
+            return batch(size, generator)
+
+        found = train(function, make=make, sizes=[9] * 8)
+        assert found is None if right else "normalised over the batch" in found[1]
+    assert not recwarn.list
+
+
+def test_sets_of_negatives_may_be_the_records(recwarn):
+    """Each record's own hard negative, shared within the batch, looks the same: it is said."""
+
+    def paired(size, generator):
+        return batch(size, generator)[0], torch.randn(size, 3, generator=generator)
+
+    assert train(lambda z, others: (z @ others.T).logsumexp(1).mean(), make=paired, sizes=[9] * 6) is None
+    (warning,) = recwarn.list
+    assert "negatives that all samples share" in str(warning.message)
 
 
 def test_vectors_of_losses():

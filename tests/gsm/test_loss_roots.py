@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gsm import GradSampleModule, loss_roots
+from gsm.window import window
 
 ORDINARY = torch.autograd.backward
 
@@ -120,3 +121,31 @@ def test_what_is_said_points_at_the_line_of_the_backward():
                 loss(model(x), y).backward()
                 model.set_grad_sample_to_none()
         assert [w.filename for w in said] == [__file__]
+
+
+def test_a_step_that_is_compiled_as_a_whole_does_not_trace_who_looks():
+    """The tracer would warn of what it cannot follow, and take seconds for the rest."""
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    torch._dynamo.reset()
+    window().pause()
+    model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
+    asked, told = [], []
+    token = Token()
+    loss_roots.wait(token, lambda *_: asked.append(torch.compiler.is_compiling() or told.append(1)))
+
+    @torch.compile(backend="eager")
+    def step(x):
+        model(x).square().mean().backward()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for usual in ("What calls the wrapped model is compiled", "The .grad attribute of a Tensor that is not a leaf"):
+            warnings.filterwarnings("ignore", message=usual)
+        for _ in range(3):
+            step(torch.randn(5, 6))
+            assert not _get_current_dispatch_mode_stack()
+            model.set_grad_sample_to_none()
+            model.zero_grad(set_to_none=True)
+    assert asked == [None] * 3 and told == [1] * 3
+    loss_roots.done(token)

@@ -196,6 +196,21 @@ def test_tensors_of_another_kind_end_it(other):
     assert record.lost
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("make", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_results_of_another_kind_end_it(make):
+    """A confusion matrix kept sparse, say: such tensors have no memory to tell apart."""
+    _, z, _ = outputs()
+    record, _, value = recorded(lambda z: getattr(z.detach(), make)().to_dense() * 1, z)
+    assert record.lost and torch.equal(value, z.detach())
+
+
+def test_operations_of_higher_order_end_it():
+    _, z, _ = outputs()
+    record, _, value = recorded(lambda z: torch.cond(z.sum() > 9, torch.neg, torch.exp, (z.detach(),)), z)
+    assert record.lost and torch.equal(value, z.detach().exp())
+
+
 def test_sums_over_ranks_are_not_taken_again():
     from torch.distributed import HashStore, all_reduce, destroy_process_group, init_process_group
 
@@ -292,6 +307,27 @@ def test_compiled_functions_stay_compiled():
     record.stop()
     second(torch.ones(2))
     assert len(runs) == 4 and len(compiled) == 2
+
+
+def test_what_is_traced_meanwhile_is_traced_as_ever():
+    """Behind the record lie the modes of whoever traces: it may not compute with what they stand for."""
+    from torch._functorch.aot_autograd import aot_export_module
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    class Tuple(nn.Linear):
+        def forward(self, x):
+            return (super().forward(x),)
+
+    record = Recording()
+    record.start()
+    try:
+        graph, _ = aot_export_module(Tuple(4, 2), (torch.ones(3, 4),), trace_joint=False)
+        with FakeTensorMode() as mode:
+            fake = torch.ones(3) + torch.ones(3)
+    finally:
+        record.stop()
+    assert "addmm" in graph.code and fake.fake_mode is mode
+    assert not _get_current_dispatch_mode_stack()
 
 
 def test_another_thread_neither_records_nor_ends_it():
