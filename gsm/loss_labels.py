@@ -149,14 +149,23 @@ def _rows(past: Sequence[Seen]) -> bool:
     return any(all(d < len(p.shape) and p.shape[d] == p.size for p in past) for d in (0, 1))
 
 
-def are_positions(program: Program, outputs: Sequence[int], labels: dict[int, Along]) -> bool:
-    """Whether labels say where in the batch something is: such numbers do not mean the same in another place."""
-    made = set(outputs)
+@torch.no_grad()
+def are_positions(program: Program, outputs: Sequence[int], labels: dict[int, Along], size: int) -> bool:
+    """Whether labels say where in the batch something is: such numbers do not mean the same in another place.
+
+    Args:
+        program: what was computed.
+        outputs: the values in it that go with the samples.
+        labels: which values may be labels.
+        size: of the batch: what has other rows (counts of classes, say) is no batch.
+    """
+    made, values = set(outputs), program.run({})
     said = {n for n in labels if not (program.given[n].is_floating_point() or program.given[n].dtype is torch.bool)}
     for op in program.operations:
         name = op.call.__name__.partition(".")[0]
         index, whose = _index(op, name), {r.number for r in op.args[:1] if isinstance(r, Ref)}
-        if not index.isdisjoint(said) and not whose.isdisjoint(made):
+        rows = [len(values[n]) for n in whose & made if values[n].dim()]
+        if not index.isdisjoint(said) and any(n >= size and n % size == 0 for n in rows):
             return True
         reads = {r.number for r in op.reads}
         made.update(op.results if reads & made else ())

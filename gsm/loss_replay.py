@@ -179,7 +179,7 @@ def _changes(
     found = _first_change(replay, chosen, digit)
     if found is not None and found.labels:
         rows = _rows(replay, chosen)
-        if are_positions(replay.program, [*replay.numbers, *rows], chosen):
+        if are_positions(replay.program, [*replay.numbers, *rows], chosen, outputs.sizes[0]):
             rows = {}
         found = _first_change(replay, rows, digit) if len(rows) < len(chosen) else found
         if found is not None:
