@@ -32,7 +32,7 @@ from gsm.tape import Tape
 from gsm.window import window
 
 FIRST, THEN = 8, 64  # the first batches, and every so many afterwards
-RARELY = 4 * THEN  # what differentiates twice takes as long as two steps of the smallest models
+RARELY = 16 * THEN  # differentiating twice and computing again takes as long as ten steps of small models, or of losses
 MOST_CLASSES = 1 << 20
 _CHECKS: weakref.WeakKeyDictionary[Tape, weakref.ref[LossCheck]] = weakref.WeakKeyDictionary()
 

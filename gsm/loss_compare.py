@@ -25,6 +25,8 @@ from gsm.window import window
 if TYPE_CHECKING:
     from gsm.loss_check import LossCheck
 
+FEW_ENTRIES = 1 << 20
+"""Entries of a loss's outputs up to which the first batch is looked at by all halves at once."""
 MOST_ENTRIES = 1 << 24
 """Entries of a loss's outputs beyond which it is not differentiated twice, which takes several times their memory."""
 Marked = Sequence[tuple[GradientEdge, Mark]]
@@ -121,10 +123,12 @@ def _compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
             loss_roots.done(mark)
             window().done(mark)
     checks = list(dict.fromkeys(check for check in (mark.check() for _, mark in found) if check is not None))
-    if not checks or sum(mark.entries for _, mark in found) > MOST_ENTRIES:
+    entries = sum(mark.entries for _, mark in found)
+    if not checks or entries > MOST_ENTRIES:
         return
     judged = max(check.judged for check in checks)
-    digit = judged or None  # at first by as many halves as part every two samples, later by one at a time
+    # At first by as many halves as part every two samples, later, and of large outputs, by one at a time.
+    digit = None if judged == 0 and entries <= FEW_ENTRIES else judged
     for check in checks:
         check.judged = judged + 1
     with judging(checks):

@@ -356,6 +356,18 @@ def test_large_outputs_are_not_differentiated_twice(monkeypatch):
     assert backward(COMPARING["variance"])._losses.judged == 0
 
 
+def test_large_outputs_are_parted_in_turn_from_the_first_batch_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(loss_compare, "influence", lambda roots, grads, outputs, digit: asked.append(digit))
+    for few in (SIZE * 3, SIZE * 3 - 1):
+        monkeypatch.setattr(loss_compare, "FEW_ENTRIES", few)
+        model = GradSampleModule(nn.Linear(6, 3), mode="ghost")
+        for _ in range(3):
+            F.cross_entropy(model(torch.randn(SIZE, 6)), torch.arange(SIZE) % 3).backward()
+            model.set_grad_sample_to_none()
+    assert asked == [None, 1, 2, 0, 1, 2]
+
+
 def test_later_batches_part_the_samples_in_turn():
     """One half of the batch against the other at a time: every pair within the first batches."""
     for i, j in ((0, 1), (0, 2), (3, 7), (6, 7)):
