@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from gsm.loss_check import LossCheck
 
 FEW_ENTRIES = 1 << 20
-"""Entries of a loss's outputs up to which the first batch is looked at by all halves at once."""
+"""Entries of a loss's outputs beyond which a look takes seconds: by one pair of halves, in batches 1, 2, 4, 8, 1024."""
 MOST_ENTRIES = 1 << 24
 """Entries of a loss's outputs beyond which it is not differentiated twice, which takes several times their memory."""
 Marked = Sequence[tuple[GradientEdge, Mark]]
@@ -125,6 +125,8 @@ def _compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
     checks = list(dict.fromkeys(check for check in (mark.check() for _, mark in found) if check is not None))
     entries = sum(mark.entries for _, mark in found)
     if not checks or entries > MOST_ENTRIES:
+        return
+    if entries > FEW_ENTRIES and all(check.batches.bit_count() > 1 for check in checks):
         return
     judged = max(check.judged for check in checks)
     # At first by as many halves as part every two samples, later, and of large outputs, by one at a time.
