@@ -25,8 +25,8 @@ from gsm.window import window
 if TYPE_CHECKING:
     from gsm.loss_check import LossCheck
 
-FEW_ENTRIES = 1 << 20
-"""Entries of a loss's outputs beyond which a look takes seconds: by one pair of halves, in batches 1, 2, 4, 8, 1024."""
+FEW_ENTRIES, FEW_OPERATIONS = 1 << 20, 512
+"""Of a loss: beyond them a look may take seconds, and is taken by one pair of halves, in batches 1, 2, 4, 8, 1024."""
 MOST_ENTRIES = 1 << 24
 """Entries of a loss's outputs beyond which it is not differentiated twice, which takes several times their memory."""
 Marked = Sequence[tuple[GradientEdge, Mark]]
@@ -126,11 +126,12 @@ def _compare(roots: Sequence[Any], grads: Sequence[Any], again: bool) -> None:
     entries = sum(mark.entries for _, mark in found)
     if not checks or entries > MOST_ENTRIES:
         return
-    if entries > FEW_ENTRIES and all(check.batches.bit_count() > 1 for check in checks):
+    large = entries > FEW_ENTRIES or len(window().recording.operations) > FEW_OPERATIONS
+    if large and all(check.batches.bit_count() > 1 for check in checks):
         return
     judged = max(check.judged for check in checks)
     # At first by as many halves as part every two samples, later, and of large outputs, by one at a time.
-    digit = None if judged == 0 and entries <= FEW_ENTRIES else judged
+    digit = None if judged == 0 and not large else judged
     for check in checks:
         check.judged = judged + 1
     with judging(checks):
@@ -212,20 +213,21 @@ def _look_beside(checks: Sequence[LossCheck], leaves: Sequence[Tensor]) -> None:
         check.beside = check.beside or bool(free)
 
 
-def compare_inputs(path: str, inputs: Sequence[Tensor], judged: int) -> None:
+def compare_inputs(path: str, inputs: Sequence[Tensor], judged: int, looks: bool) -> None:
     """Asked before a forward: whether what it is given was made of each sample's outputs of an earlier one alone.
 
     Args:
         path: the module's, for the message.
         inputs: the tensors that it is given.
         judged: how many batches were looked at before.
+        looks: False only notes which outputs the forward is given something of.
 
     Raises:
         SamplesInfluenceEachOther: an input whose rows depend on several samples' outputs.
     """
     for _, mark in marked([x for x in inputs if in_a_graph(x)]):
         mark.feeds = True
-    found = mixed_inputs(window(), inputs, judged or None)
+    found = mixed_inputs(window(), inputs, judged or None) if looks else None
     if found is not None:
         text, shape = LOADED if found.loaded else MIXED, tuple(inputs[found.place].shape)
         raise SamplesInfluenceEachOther(text.format(path=path or "the model", shape=shape))

@@ -268,6 +268,22 @@ def test_a_part_without_anything_to_train_is_called_as_ever():
     assert model.per_sample_gradient_norms.shape == (6,)
 
 
+def test_a_cell_called_many_times_is_looked_at_in_its_first_calls(monkeypatch):
+    from gsm import loss_compare
+
+    looked, look = [], loss_compare.mixed_inputs
+    monkeypatch.setattr(loss_compare, "mixed_inputs", lambda *args: looked.append(1) or look(*args))
+    model = GradSampleModule(nn.Sequential(nn.Linear(3, 3)), mode="ghost")
+    for _ in range(2):
+        h = torch.randn(5, 3)
+        for _ in range(30):
+            h = model(h.tanh())
+        h.square().mean().backward()
+        model.set_grad_sample_to_none()
+        model._tape.discard(model._tape.params)
+    assert len(looked) == 32
+
+
 def test_made_private():
     """The contract's loop with a variational autoencoder whose parts are called one by one."""
     torch.manual_seed(0)
