@@ -15,11 +15,10 @@ from torch import Tensor
 from gsm.loss_influence import Outputs
 from gsm.loss_labels import Along
 from gsm.loss_replay import sources
-from gsm.recording import Program
+from gsm.recording import FAILS, Program
 from gsm.window import Window
 
 _ORDERING = ("sort", "argsort", "topk", "unique", "_unique2", "unique_dim", "unique_consecutive", "msort")
-_FAILS = (RuntimeError, IndexError, TypeError, ValueError)  # sizes that depend on values, of which others were put in
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def mixed_inputs(window: Window, inputs: Sequence[Tensor], digit: int | None) ->
             known = _known(window, program)
             try:
                 found[k] = "" if known is None else _compare(program, number, x, known, digit, first)
-            except _FAILS:
+            except FAILS:
                 continue
             if found[k] == "mixed":
                 return Mixed(k, not any(n in window.outputs for n in known or ()))

@@ -196,17 +196,20 @@ class LossCheck:
                         raise SamplesInfluenceEachOther(_naming(loss, edge, where, own, other))
 
 
+def _check_of(params: Sequence[nn.Parameter]) -> LossCheck | None:
+    tape = ledger.tape_of(params[0]) if params else None
+    return _CHECKS.get(tape, lambda: None)() if tape is not None else None
+
+
 def looks_at_the_next(params: Sequence[nn.Parameter]) -> bool:
     """Whether the loss of the next batch that the model with these parameters sees will be looked at."""
-    tape = ledger.tape_of(params[0]) if params else None
-    check = _CHECKS.get(tape, lambda: None)() if tape is not None else None
+    check = _check_of(params)
     return check is not None and check.soon
 
 
 def check_entries(params: Sequence[nn.Parameter], loss: Tensor) -> None:
     """Checks a vector of losses (see :meth:`LossCheck.entries`) if the model's last forward is one of those checked."""
-    tape = ledger.tape_of(params[0]) if params else None
-    check = _CHECKS.get(tape, lambda: None)() if tape is not None else None
+    check = _check_of(params)
     if check is not None and loss.grad_fn is not None:
         check.entries(loss)
 

@@ -1,7 +1,7 @@
 """Does what a loss sends back for one sample change when other samples are replaced?
 
 Derivatives do not show what goes past autograd: weights made of detached outputs, and labels. So what a thread computes
-from the model's outputs is recorded until their backward (:mod:`gsm.recording`), and computed again in full precision
+from the model's outputs is recorded until their backward (:mod:`gsm.recording`), and computed again
 with some samples replaced by others of the same batch: outputs and labels (:mod:`gsm.loss_labels`) alike. What is sent
 back for the samples that stay must stay (:func:`judge`).
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from gsm.loss_influence import Outputs
 from gsm.loss_labels import Along, Labels, Seen, are_positions
 from gsm.loss_marks import Mark
-from gsm.recording import Program, Recording
+from gsm.recording import FAILS, Program, Recording
 from gsm.window import Window
 
 MOST_SETS = 32
@@ -89,7 +89,7 @@ class Replay:
             replay = cls(program, made, grads, outputs, numbers, sent)
             edges = [outputs.edges[k] for k in last]
             real = torch.autograd.grad(roots, edges, grads, retain_graph=True, allow_unused=True)
-        except RuntimeError:  # an in-place change of what autograd needs, seen only by one of them
+        except FAILS:  # an in-place change of what autograd needs, seen only by one of them
             return None
         same = (g is None or _alike(_finite(g), replay.base[k], 10) for k, g in zip(last, real, strict=True))
         return replay if all(same) else None
@@ -117,6 +117,8 @@ class Replay:
             labels: which tensors go with the samples.
         """
         after = self._with(source, labels)
+        if after is None:
+            return None
         for k, (b, a, rows) in enumerate(zip(self.base, after, source, strict=True)):
             stays = self.outputs.along(k, b, rows == torch.arange(len(rows)))
             if not _alike(a * stays, b * stays, 1, _largest(b)):
@@ -126,20 +128,22 @@ class Replay:
     def permutes(self, labels: dict[int, Along]) -> bool:
         """Whether samples that change places take along what is sent back to them, if ``labels`` go with them."""
         source = [torch.arange(size).flip(0) for size in self.outputs.sizes]
-        try:
-            after = self._with(source, labels)
-        except (RuntimeError, IndexError):  # sizes that depend on the labels
+        after = self._with(source, labels)
+        if after is None:
             return False
         pairs = zip(after, self.base, self.outputs.dims, source, strict=True)
         return all(_alike(a, b.index_select(dim, rows.to(b.device)), 10) for a, b, dim, rows in pairs)
 
-    def _with(self, source: Sequence[Tensor], labels: dict[int, Along]) -> list[Tensor]:
-        """What is sent back with samples replaced, see :meth:`changed`."""
+    def _with(self, source: Sequence[Tensor], labels: dict[int, Along]) -> list[Tensor] | None:
+        """What is sent back with samples replaced, see :meth:`changed`; None if it cannot be computed with them."""
         given = self.program.given
         outputs = zip(self.numbers, self.outputs.dims, source, strict=True)
         others = {n: given[n].index_select(dim, rows.to(given[n].device)) for n, dim, rows in outputs}
         others |= {n: along.take(given[n], source[0], len(source[0])) for n, along in labels.items()}
-        return self.gradients(others)
+        try:
+            return self.gradients(others)
+        except FAILS:
+            return None
 
     def factor(self, after: Sequence[Tensor], source: Sequence[Tensor]) -> float | None:
         """By what everything that stays is multiplied; None if not everything is multiplied by the same."""
@@ -219,10 +223,7 @@ def _first_change(replay: Replay, chosen: dict[int, Along], digit: int | None) -
         if after is not None:
             return Found(False, replay.factor(after, source))
     for source in sources(replay.outputs, digit) if chosen else ():
-        try:
-            after = replay.changed(source, chosen)
-        except (RuntimeError, IndexError):  # sizes that depend on the labels
-            return None
+        after = replay.changed(source, chosen)
         if after is not None:
             shapes = tuple(tuple(replay.program.given[n].shape) for n in chosen)
             return Found(True, replay.factor(after, source), shapes)

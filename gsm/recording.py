@@ -5,7 +5,7 @@ autograd, so `detach`, `no_grad`, `.data`, masks and integers are seen as well. 
 gradients.
 
 Followed are also single floats that Python takes (`item()`) and gives back as they were. Not followed: what Python
-computes with them, other numbers, numpy, and compiled kernels (compiled functions run eagerly under a mode).
+computes with them, other numbers, numpy, and compiled kernels.
 A recording holds no intermediate results, only what came from outside, and ends by itself when it grows long.
 """
 
@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
 MOST_OPERATIONS = 4096
+FAILS = (RuntimeError, IndexError, TypeError, ValueError)
+"""What computing again with other values may end in: sizes that depend on them were Python's."""
 _COLLECTIVE = ("c10d", "_c10d_functional", "c10d_functional")
 _UNWRITTEN = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted")
 _UPDATES_STATISTICS = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")  # and do not say so
@@ -249,11 +252,12 @@ def _guards() -> frozenset[int]:
     A mode that was entered before one of them must not be left inside: PyTorch would look for it at the next operation.
     One that was entered inside is no more heard of afterwards, and can be left.
     """
-    found, frame = [], sys._getframe(1)
+    found = []
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.startswith(_GUARDED) and not _only_disables(frame):
             found.append(id(frame))
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return frozenset(found)
 
 

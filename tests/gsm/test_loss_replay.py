@@ -324,6 +324,17 @@ def test_sets_of_negatives_may_be_the_records(recwarn):
     assert "negatives that all samples share" in str(warning.message)
 
 
+def test_sizes_that_follow_the_outputs_are_no_crash(recwarn):
+    """Python has them, so they stay as they were when other outputs are put in."""
+
+    def chosen(z, y):
+        keep = z.detach()[:, 0] > 0
+        count = int(keep.sum())
+        return (z[keep].view(count, 3) * torch.ones(count, 3)).square().sum() / len(z)
+
+    assert train(chosen) is None and not recwarn.list
+
+
 def test_vectors_of_losses():
     """`step(loss=)`: entries that are detached weights of the batch."""
     model, optimizer, loader = make_private(*parts(), noise_multiplier=1.0)
